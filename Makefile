@@ -1,0 +1,39 @@
+# Everything a person types. `make demo` and `make test` need python3 and git, nothing else prepared.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export RAY_USAGE_STATS_ENABLED := 0
+export RAY_DATA_DISABLE_PROGRESS_BARS := 1
+
+.PHONY: venv demo test check format serve clean
+
+venv: $(VENV)/ready
+
+# One pip call for everything: two calls would let the second upgrade what the first had pinned.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev,geo,video]"
+	touch $@
+
+demo: venv
+	$(BIN)/python -m pipelines.demo --output build/demo
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: venv check
+	$(BIN)/python -m tests.s3_server
+	$(BIN)/python -m pytest
+
+# The demo's MLflow: experiments, models, aliases.
+serve: venv
+	$(BIN)/mlflow server --backend-store-uri sqlite:///build/demo/mlflow.db --port 5000
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
