@@ -1,0 +1,128 @@
+"""The five jobs, one definition with two faces: `python jobs/<job>.py ...` and `diffsr <verb> ...`."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from typing import Any
+
+DONE, FAILED, BAD_ARGUMENTS, BUDGET_EXCEEDED, LEASE_HELD = 0, 1, 2, 3, 5  # 4 is a refused promotion
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a job lives: imported when it is called, so that `--help` of one does not pay for the others."""
+
+    module: str
+    config: str
+    function: str
+    verb: str
+    examples: str
+
+
+JOBS = {
+    "make_pairs": Job("pipelines.pairs", "PairsConfig", "make_pairs", "pairs",
+                      "make_pairs.py --source s3://archive/photos --output s3://archive/pairs --scale 4 --patch 256"),
+    "train": Job("pipelines.training", "TrainConfig", "train", "train",
+                 "train.py --pairs s3://archive/pairs --output s3://archive/runs/1 --preset nano-x4 --register diffsr"),
+    "evaluate": Job("pipelines.evaluation", "EvaluateConfig", "evaluate", "evaluate",
+                    "evaluate.py --model models:/diffsr/1 --dataset s3://archive/held-out --output s3://archive/eval/1"),
+    "promote": Job("pipelines.promotion", "PromoteConfig", "promote", "promote",
+                   "promote.py --model diffsr --challenger 2 --dataset s3://archive/held-out\n"
+                   "promote.py --model diffsr --rollback"),
+    "upscale": Job("pipelines.upscaling", "UpscaleConfig", "upscale", "upscale",
+                   "upscale.py --source s3://archive/in --output s3://archive/out --model models:/diffsr@champion\n"
+                   "upscale.py status --source s3://archive/in --output s3://archive/out"),
+}  # fmt: skip
+
+
+def parse(job: str, argv: Sequence[str], *, prog: str | None = None) -> Any:
+    """Return the job's config from its flags (a verb of upscale is skipped). Bad arguments are SystemExit(2)."""
+    from pipelines.config import parse as parse_config
+
+    entry = JOBS[job]
+    config_class = getattr(import_module(entry.module), entry.config)
+    _, argv = split_verb(job, argv)
+    return parse_config(config_class, argv, prog=prog or f"{job}.py", examples=entry.examples)
+
+
+def split_verb(job: str, argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Return (verb, the flags): upscale takes a verb as first word, `run` when there is none."""
+    words = list(argv)
+    if job != "upscale" or not words or words[0].startswith("-"):
+        return "run", words
+    from pipelines.upscaling import VERBS
+
+    if words[0] not in VERBS:
+        print(
+            f"upscale: error: verb ({words[0]!r}) must be one of {', '.join(VERBS)}; use one of them", file=sys.stderr
+        )
+        raise SystemExit(BAD_ARGUMENTS)
+    return words[0], words[1:]
+
+
+def anchor(config: Any) -> Any:
+    """Return the config with relative local paths made absolute: workers run in other folders."""
+    from pipelines import storage
+
+    changes = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        unit = item.metadata.get("unit")
+        if value is not None and (unit == "URI" or unit == "REF" and not value.startswith(("models:/", "pretrained:"))):
+            changes[item.name] = storage.absolute(value)
+    return replace(config, **changes)
+
+
+def run_job(job: str, argv: Sequence[str], *, prog: str | None = None) -> int:
+    """Run a job from its command line; print its summary as the last line of stdout; return the exit code."""
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    config = anchor(parse(job, argv, prog=prog))
+    verb, _ = split_verb(job, argv)
+    from pipelines.lease import LeaseHeld
+    from pipelines.runs import Summary, TrainingFailed, new_run_id
+    from pipelines.work import BudgetExceeded
+
+    function: Callable[..., Summary] = getattr(import_module(JOBS[job].module), JOBS[job].function)
+    started = time.monotonic()
+    summary = Summary(job=JOBS[job].verb, run_id=new_run_id(JOBS[job].verb), status="failed", exit_code=FAILED)
+    try:
+        summary = function(config, verb=verb) if job == "upscale" else function(config)
+    except BudgetExceeded as error:
+        counts: dict[str, Any] = dict(error.counts)
+        summary = replace(summary, exit_code=BUDGET_EXCEEDED, **counts)
+        print(f"{prog or job}: error: {error}", file=sys.stderr)
+    except LeaseHeld as error:
+        summary = replace(summary, exit_code=LEASE_HELD)
+        print(f"{prog or job}: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, TrainingFailed) as error:
+        print(f"{prog or job}: error: {error}", file=sys.stderr)
+    finally:
+        # Also when the code is at fault and a traceback follows: who reads stdout always finds the line.
+        summary = replace(summary, seconds=round(time.monotonic() - started, 3))
+        print(summary.to_line(), flush=True)
+    return summary.exit_code
+
+
+def main() -> None:
+    """The console command `diffsr`."""
+    verbs = {entry.verb: job for job, entry in JOBS.items()}
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: diffsr VERB [options]\n\nverbs (each has --help):")
+        for verb, job in verbs.items():
+            print(f"  {verb:10}{_first_line(job)}")
+        raise SystemExit(DONE if words else BAD_ARGUMENTS)
+    if words[0] not in verbs:
+        print(
+            f"diffsr: error: verb ({words[0]!r}) must be one of {', '.join(verbs)}; see diffsr --help", file=sys.stderr
+        )
+        raise SystemExit(BAD_ARGUMENTS)
+    raise SystemExit(run_job(verbs[words[0]], words[1:], prog=f"diffsr {words[0]}"))
+
+
+def _first_line(job: str) -> str:
+    entry = JOBS[job]
+    return str(getattr(import_module(entry.module), entry.config).__doc__).partition("\n")[0]

@@ -1,0 +1,302 @@
+"""Bytes <-> pictures: 8-bit grey or RGB, with alpha and ICC profile beside the colour.
+
+`decode` ends in exactly two ways, a `Picture` or a `Refused` that carries a reason code from `REASONS`. It calls the
+seven Pillow readers by class instead of `Image.open`: nothing else can be reached (no EPS, no Ghostscript, no
+plugin), and the size in the header is judged by `max_pixels` before Pillow warns about it or a pixel is allocated.
+What Pillow would quietly reduce to 8 bits (16-bit RGB PNG, TIFF and PPM) is refused here; `rasters` reads it.
+"""
+
+import io
+import re
+import struct
+import threading
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+REASONS: dict[str, str] = {
+    "empty_file": "the object has no bytes",
+    "not_an_image": "the first bytes are no image format that we know (a web page or a text with the name of an image)",
+    "unsupported_format": "an image, but of a format that is not read here (JPEG 2000, AVIF, HEIC, camera raw, ...)",
+    "too_large": "the header declares more pixels than the limit; nothing was decoded",
+    "truncated": "the data ends before the picture does",
+    "corrupt": "the data contradicts the format, or unpacks to something absurd",
+    "animated": "more than one frame (GIF, APNG, WebP); a still would silently lose the others",
+    "multipage": "more than one full page or view (TIFF, stereo JPEG); the first would silently lose the others",
+    "unsupported_mode": "samples that 8-bit grey or RGB cannot hold (16-bit, 32-bit, float, extra bands)",
+    "oom": "there was no memory for it",
+    "too_large_for_format": "the result has a side that the output format cannot store",
+}
+# What a listing takes for an image: a format that is not read becomes a dead letter, not silence.
+_READ = ".png .jpg .jpeg .jpe .jfif .webp .tif .tiff .bmp .gif .ppm .pgm .pbm .pnm"
+SUFFIXES = frozenset(f"{_READ} .jp2 .avif .heic .jxl .psd .dng .cr2".split())
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")
+_EXTENSIONS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}
+_MAX_SIDE_PX = {"PNG": 2**31 - 1, "JPEG": 65_500, "WEBP": 16_383, "TIFF": 2**31 - 1}
+_READERS: dict[str, type[ImageFile.ImageFile]] = {
+    reader.format: reader
+    for reader in (PngImageFile, JpegImageFile, WebPImageFile, TiffImageFile, BmpImageFile, GifImageFile, PpmImageFile)
+}
+_MAGIC = {
+    rb"\x89PNG\r\n\x1a\n": "PNG",
+    rb"\xff\xd8\xff": "JPEG",
+    rb"RIFF....WEBP": "WEBP",
+    rb"GIF8[79]a": "GIF",
+    rb"(II|MM).{6}CR": "camera raw",
+    rb"II[*+]\x00|MM\x00[*+]": "TIFF",
+    rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\x00\x00\x00": "BMP",
+    rb"P([1-6y]|F|f|0CMYK)\s": "PPM",
+    rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51": "JPEG 2000",
+    rb"\x00\x00\x00\x0cJXL |\xff\x0a": "JPEG XL",
+    rb"....ftyp(avif|avis|hei|hev|mif1|msf1)": "AVIF or HEIF",
+    rb"8BPS|gimp xcf": "Photoshop or GIMP",
+    rb"%!PS|\xc5\xd0\xd3\xc6|%PDF": "PostScript or PDF",
+    rb"P7\n|DDS |qoif|\x76\x2f\x31\x01|#\?RADIANCE|FUJIFILM|\x59\xa6\x6a\x95": "PAM, DDS, QOI, HDR or raw",
+}
+# What Pillow raises for bad bytes, found by the hostile corpus and by fuzzing; the guarded calls are all Pillow's.
+# Warning is there for a process in which somebody has turned warnings into errors.
+_BAD_DATA: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError)
+_BAD_DATA += (ArithmeticError, struct.error, zlib.error, ImageCms.PyCMSError, Image.DecompressionBombError, Warning)
+_BAD_DATA += (MemoryError,)
+_TRUNCATED = re.compile(r"truncat|unexpected end|end of file|not enough|insufficient|buffer is not large", re.I)
+_MODE = re.compile(r"unknown pixel mode|unknown raw mode|cannot handle \d+-|unsupported bit depth|sample format", re.I)
+_GREY = ("1", "L", "LA", "La")
+_COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB")
+_SUBFILE_TYPE, _BITS_PER_SAMPLE, _DNG_VERSION, _ORIENTATION, _MPF_ENTRIES = 254, 258, 50706, 274, 0xB002
+_pillow_limit = threading.Lock()
+
+
+class Refused(Exception):
+    """A picture that is not processed: `stage` (sniff, decode, encode), `reason` (a key of `REASONS`), `message`."""
+
+    def __init__(self, stage: str, reason: str, message: str) -> None:
+        super().__init__(stage, reason, message)
+        self.stage, self.reason, self.message = stage, reason, message
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.reason}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """One decoded picture, upright.
+
+    `pixels` is uint8 HWC with C = 1 (grey) or 3 (RGB), range [0, 255], in the encoding that `icc` describes; `alpha`
+    is uint8 HW, straight (not premultiplied), or None; `format` is what was read (one of `FORMATS`, BMP, GIF, PPM);
+    `mode` is Pillow's name for the samples as stored; `exif_transposed` says that an orientation was applied.
+    """
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None
+    format: str
+    mode: str
+    icc: bytes | None
+    exif_transposed: bool
+
+
+def sniff(data: bytes) -> str:
+    """Return the format of `data` by its first bytes, not its name. Raises `Refused` for what is not read here."""
+    if not data:
+        raise Refused("sniff", "empty_file", "0 bytes")
+    for pattern, name in _MAGIC.items():
+        if re.match(pattern, data, re.DOTALL):
+            if name not in _READERS:
+                raise Refused("sniff", "unsupported_format", f"{name} is not one of {', '.join(_READERS)}")
+            return name
+    raise Refused("sniff", "not_an_image", f"{len(data)} bytes that begin with {data[:16]!r}")
+
+
+def decode(data: bytes, *, max_pixels: int = 100_000_000) -> Picture:
+    """Return the picture in `data`: sniffed, fully decoded, upright, palette expanded, CMYK and Lab turned into RGB.
+
+    CMYK and Lab with a profile go through that profile to sRGB; without one by Pillow's formula, and `icc` is then
+    None, as the old profile would be wrong. Raises `Refused`, and nothing else, for any bytes.
+    """
+    format = sniff(data)
+    _raise_pillow_limit(max_pixels)
+    try:
+        image = _READERS[format](io.BytesIO(data))
+        _check_header(image, max_pixels)
+        mode = image.mode
+        # A TIFF is turned by Pillow while it loads; a PNG may keep its EXIF behind the pixels.
+        before = image.getexif().get(_ORIENTATION, 1) if format == "TIFF" else 1
+        image.load()
+        orientation = before if format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
+        turned = orientation in range(2, 9)
+        upright = ImageOps.exif_transpose(image) if turned and format != "TIFF" else image
+        samples, icc = _to_grey_or_rgb(upright)
+    except _BAD_DATA as error:
+        raise _refusal(error) from error
+    colours = 1 if samples.shape[2] < 3 else 3
+    pixels = np.ascontiguousarray(samples[:, :, :colours])
+    alpha = np.ascontiguousarray(samples[:, :, colours]) if samples.shape[2] > colours else None
+    return Picture(pixels, alpha, format, mode, icc, turned)
+
+
+def output_format(format: str) -> str:
+    """Return the format in which a picture read as `format` is written: itself, or PNG for BMP, GIF and PPM."""
+    return format if format in FORMATS else "PNG"
+
+
+def extension(format: str) -> str:
+    """Return the file name extension of an output format, with its dot. Raises ValueError for a format not written."""
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r}: must be one of {', '.join(FORMATS)}")
+    return _EXTENSIONS[format]
+
+
+def encode(picture: Picture, *, format: str | None = None, quality: int = 95) -> bytes:
+    """Return `picture` as the bytes of a file, the same bytes for the same picture: no time, no EXIF, ICC embedded.
+
+    `quality` (1 to 100) is for JPEG (4:4:4) and WebP, where 100 means lossless; PNG and TIFF always are. WebP has no
+    grey and stores it as RGB. Raises ValueError for an unknown format, a quality out of range, or alpha in a JPEG;
+    `Refused` (too_large_for_format) where the format cannot store a side.
+    """
+    target = output_format(picture.format) if format is None else format
+    extension(target)  # raises for a format that is not written
+    if not 1 <= quality <= 100:
+        raise ValueError(f"quality={quality}: must be 1 to 100; 95 is the default")
+    if picture.alpha is not None and target == "JPEG":
+        raise ValueError("format='JPEG': cannot store this picture's alpha; choose one of PNG, WEBP, TIFF")
+    options: dict[str, dict[str, Any]] = {
+        "PNG": {"compress_level": 6},
+        "JPEG": {"quality": quality, "subsampling": 0},
+        "WEBP": {"quality": quality, "lossless": quality == 100, "exact": True, "method": 4},
+        "TIFF": {"compression": "tiff_adobe_deflate", "big_tiff": picture.pixels.nbytes > 3 << 30},
+    }
+    if picture.icc:
+        options[target]["icc_profile"] = picture.icc
+    return _save(_join_alpha(picture.pixels, picture.alpha), target, options=options[target])
+
+
+def encode_lossless(pixels: np.ndarray, codec: str) -> bytes:
+    """Return uint8 HWC `pixels` (C = 1 or 3) as a lossless blob, `codec` "webp" (smaller) or "png" (faster to write).
+
+    Grey becomes a grey PNG for either codec, as WebP has no grey. `decode_lossless` gives the same samples back.
+    """
+    if codec not in ("webp", "png"):
+        raise ValueError(f"codec={codec!r}: must be 'webp' or 'png'")
+    if codec == "webp" and pixels.shape[-1] == 3:
+        return _save(_join_alpha(pixels, None), "WEBP", options={"lossless": True, "method": 0, "exact": True})
+    return _save(_join_alpha(pixels, None), "PNG", options={"compress_level": 1})
+
+
+def decode_lossless(data: bytes) -> np.ndarray:
+    """Return the uint8 HWC samples of a blob of `encode_lossless`. Raises `Refused` for a damaged one."""
+    return decode(data).pixels
+
+
+def _check_header(image: ImageFile.ImageFile, max_pixels: int) -> None:
+    """Raise `Refused` for what the header alone rules out: size, depth, and more frames or pages than one."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise Refused("decode", "too_large", f"{width} x {height} px is more than the limit of {max_pixels} px")
+    if isinstance(image, TiffImageFile) and _DNG_VERSION in image.tag_v2:
+        raise Refused("sniff", "unsupported_format", "a DNG camera raw; develop it to TIFF first")
+    bits = _sample_bits(image)
+    if bits > 8 or image.mode not in _GREY + _COLOUR:
+        raise Refused("decode", "unsupported_mode", f"{bits}-bit samples, Pillow mode {image.mode}")
+    if isinstance(image, (TiffImageFile, JpegImageFile)):
+        if (_full_pages(image) if isinstance(image, TiffImageFile) else _views(image)) != 1:
+            raise Refused("decode", "multipage", f"{image.format} of more than one page; split it")
+    elif getattr(image, "is_animated", False):
+        raise Refused("decode", "animated", f"{image.format} of more than one frame; extract the frames first")
+
+
+def _sample_bits(image: ImageFile.ImageFile) -> int:
+    """Return the bits of a stored sample, 8 for 8 or fewer. Pillow's mode does not tell: RGB may come from 16 bits."""
+    if isinstance(image, TiffImageFile):
+        return int(max(8, *image.tag_v2.get(_BITS_PER_SAMPLE, (1,))))
+    arguments = [tile.args for tile in image.tile]  # of the decoder: "RGB;16B" for PNG, ("RGB", maxval) for PPM
+    if isinstance(image, PpmImageFile):
+        return max([8] + [int(argument[1]).bit_length() for argument in arguments if isinstance(argument, tuple)])
+    return 16 if isinstance(image, PngImageFile) and "16" in str(arguments) else 8
+
+
+def _full_pages(image: TiffImageFile) -> int:
+    """Return how many pages are not marked as reduced (thumbnails, overviews), counted up to 2; 0 if the first is."""
+    if image.tag_v2.get(_SUBFILE_TYPE, 0) & 1:
+        return 0
+    page = 1
+    while getattr(image, "is_animated", False):
+        try:
+            image.seek(page)
+        except EOFError:
+            break
+        if not image.tag_v2.get(_SUBFILE_TYPE, 0) & 1:
+            return 2
+        page += 1
+    image.seek(0)
+    return 1
+
+
+def _views(image: JpegImageFile) -> int:
+    """Return 2 for a JPEG with further views; the previews and gain maps that cameras append are none."""
+    try:
+        entries = (image._getmp() or {}).get(_MPF_ENTRIES) or []
+    except SyntaxError:  # a malformed index: every reader takes such a file for the plain JPEG that it starts as
+        return 1
+    return 2 if any(entry["Attribute"]["MPType"].startswith("Multi-Frame") for entry in entries[1:]) else 1
+
+
+def _to_grey_or_rgb(image: Image.Image) -> tuple[np.ndarray, bytes | None]:
+    """Return uint8 HWC samples, C = 1 to 4 (grey, grey + alpha, RGB, RGB + alpha), and the profile of the colours."""
+    icc = image.info.get("icc_profile") or None
+    if image.mode in ("CMYK", "LAB"):
+        if icc is None:
+            return np.array(image.convert("RGB")), None
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        converted = ImageCms.profileToProfile(image, io.BytesIO(icc), srgb, outputMode="RGB")
+        made = srgb.tobytes()  # bytes 24 to 35 are the time of its making, which outputs must not carry
+        return np.array(converted), made[:24] + bytes(12) + made[36:]
+    target = ("L" if image.mode in _GREY else "RGB") + "A" * image.has_transparency_data
+    return np.atleast_3d(np.array(image if image.mode == target else image.convert(target))), icc
+
+
+def _refusal(error: BaseException) -> Refused:
+    """Return the refusal for what Pillow raised: the type and the message say which of the reasons it is."""
+    message = f"{type(error).__name__}: {error}"[:300]
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return Refused("decode", "too_large", message)
+    if isinstance(error, MemoryError):
+        return Refused("decode", "oom", message)
+    if isinstance(error, EOFError) or _TRUNCATED.search(message):
+        return Refused("decode", "truncated", message)
+    return Refused("decode", "unsupported_mode" if _MODE.search(message) else "corrupt", message)
+
+
+def _raise_pillow_limit(max_pixels: int) -> None:
+    """Let `max_pixels` rule where Pillow, too, checks. Its limit is the process's: lowering it again would race."""
+    with _pillow_limit:
+        if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+            Image.MAX_IMAGE_PIXELS = max_pixels
+
+
+def _join_alpha(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
+    """Return samples as Pillow takes them: HW, or HWC with C = 2, 3, 4. Raises ValueError for another type or shape."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape:
+        raise ValueError(f"pixels: {pixels.dtype} {pixels.shape}; must be uint8 HWC, C = 1 or 3, and not empty")
+    if alpha is None:
+        return pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
+    if alpha.dtype != np.uint8 or alpha.shape != pixels.shape[:2]:
+        raise ValueError(f"alpha: {alpha.dtype} {alpha.shape}; must be uint8 {pixels.shape[:2]} like the pixels")
+    return np.dstack([pixels, alpha])
+
+
+def _save(samples: np.ndarray, format: str, *, options: dict[str, Any]) -> bytes:
+    side, limit = max(samples.shape[:2]), _MAX_SIDE_PX[format]
+    if side > limit:
+        raise Refused("encode", "too_large_for_format", f"a side of {side} px; at most {limit} px in {format}")
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(samples)).save(out, format=format, **options)
+    return out.getvalue()

@@ -1,0 +1,186 @@
+"""The training loop that every worker runs: resume, batches, the core's step, reports, checkpoints."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffsr_core import presets
+from diffsr_core.checkpoint import model_files
+from diffsr_core.family import SuperResolver
+from diffsr_core.training import Trainer, TrainingRecipe
+from diffsr_core.validation import validate
+from pipelines import storage
+from pipelines.checkpoints import load_newest, save_checkpoint
+from pipelines.engine import say
+from pipelines.images import encode_lossless
+from pipelines.manifest import Manifest, PairReader, load_manifest
+
+Report = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What the loop needs to know; the job's config holds more. threads: intra-operator threads of a CPU worker."""
+
+    pairs: str
+    output: str
+    preset: str
+    recipe: TrainingRecipe
+    checkpoint_every: int
+    keep: int
+    log_every: int
+    threads: int
+
+
+def ray_loop(arguments: dict[str, Any]) -> None:
+    """What each Ray Train worker runs: `loop` is a LoopConfig, `reports` a queue to the driver."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+
+    def wrap(module: nn.Module) -> nn.Module:
+        if world == 1:
+            return module
+        ids = [device] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids)
+
+    def report(metrics: dict[str, float]) -> None:
+        if rank == 0:
+            arguments["reports"].put(metrics)
+        ray.train.report(metrics)
+
+    train_loop(arguments["loop"], rank=rank, world=world, device=str(device), report=report, wrap=wrap)
+
+
+def train_loop(
+    config: LoopConfig,
+    *,
+    rank: int,
+    world: int,
+    device: str,
+    report: Report,
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+) -> None:
+    """Train to the end from the newest whole checkpoint. Rank 0 writes; every rank reports alike (a barrier).
+
+    The reported loss is the mean over this worker's share of the batches since the last report.
+    """
+    manifest, recipe = load_manifest(config.pairs), config.recipe
+    torch.manual_seed(recipe.seed)
+    model = SuperResolver(presets.get(config.preset).model)
+    if device == "cpu":
+        torch.set_num_threads(config.threads)
+    trainer = Trainer(model, recipe, rank=rank, device=device, wrap=wrap)
+    saved = load_newest(config.output)
+    if saved is not None:
+        trainer.load_state(*saved)
+        if rank == 0:
+            say(f"train: continues at step {trainer.step}")
+    share = recipe.batch_size // world
+    reader = PairReader(config.pairs, manifest, "train", seed=recipe.seed)
+    batches = prefetch(
+        reader, batch_size=recipe.batch_size, first=trainer.step, last=recipe.num_steps, rank=rank, share=share
+    )
+    window = _Window()
+    while not trainer.done:
+        waiting = time.monotonic()
+        hr, lr = next(batches)
+        window.waited += time.monotonic() - waiting
+        metrics = trainer.train_step(to_tensor(hr), to_tensor(lr))
+        window.losses.append(metrics["loss"])
+        checkpoint = trainer.step % config.checkpoint_every == 0 or trainer.done
+        if checkpoint or trainer.step % config.log_every == 0:
+            metrics |= {**window.means(recipe.batch_size), "step": trainer.step}
+            if checkpoint and rank == 0:
+                metrics |= _checkpoint(config, manifest, trainer)
+            report(metrics)
+            window = _Window()
+
+
+class _Window:
+    """Means since the last report."""
+
+    def __init__(self) -> None:
+        self.started, self.waited = time.monotonic(), 0.0
+        self.losses: list[float] = []
+
+    def means(self, batch_size: int) -> dict[str, float]:
+        seconds = time.monotonic() - self.started
+        return {
+            "loss": sum(self.losses) / len(self.losses),
+            "images_per_s": len(self.losses) * batch_size / seconds,
+            "data_wait_share": self.waited / seconds,
+        }
+
+
+def _checkpoint(config: LoopConfig, manifest: Manifest, trainer: Trainer) -> dict[str, float]:
+    """Save, validate and draw; return validation metrics."""
+    files = model_files(
+        trainer.model.config,
+        trainer.model.state_dict(),
+        trainer.ema,
+        preset=config.preset,
+        card=_card(config, manifest),
+    )
+    save_checkpoint(config.output, files, *trainer.state(), keep=config.keep)
+    if not manifest.num_pairs("val"):
+        return {}
+    reader = PairReader(config.pairs, manifest, "val", seed=0)
+    hr, lr = reader.batch(range(min(16, reader.num_pairs)))
+    model = SuperResolver(trainer.model.config)
+    model.load_state_dict({name: value.cpu() for name, value in trainer.ema.items()})
+    result = validate(model, to_tensor(hr), to_tensor(lr))
+    picture = encode_lossless(np.concatenate(list(result.strips[:4]), axis=0), "png")
+    storage.publish(storage.join(config.output, "samples", f"step-{trainer.step:08d}.png"), picture)
+    return result.metrics
+
+
+def _card(config: LoopConfig, manifest: Manifest) -> str:
+    stages = ", ".join(f"{stage.name} {stage.num_steps} steps" for stage in config.recipe.stages)
+    return (
+        f"# {config.preset}\n\nDiffSR model, scale x{manifest.recipe['scale']}. {presets.get(config.preset).note}.\n\n"
+        f"* Data: pair set {manifest.digest}, {manifest.num_pairs('train')} training pairs, "
+        f"degradation {manifest.recipe['degradation']}\n* Training: {stages}; batch {config.recipe.batch_size}, "
+        f"{config.recipe.precision}, seed {config.recipe.seed}\n"
+        "* Output is synthetic detail: a plausible picture, not a measurement.\n"
+    )
+
+
+def to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """Return float32 (B, 3, H, W) in [-1, 1] for uint8 (B, H, W, 3)."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def prefetch(
+    reader: PairReader, *, batch_size: int, first: int, last: int, rank: int, share: int, ahead: int = 4
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield this rank's slice of the batches of steps first..last-1, decoded ahead in a thread (codecs free the GIL).
+
+    Raises what the reader raised.
+    """
+    ready: queue.Queue[tuple[np.ndarray, np.ndarray] | Exception] = queue.Queue(maxsize=ahead)
+
+    def fill() -> None:
+        try:
+            for step in range(first, last):
+                start = step * batch_size + rank * share
+                ready.put(reader.batch(range(start, start + share)))
+        except (OSError, ValueError) as error:
+            ready.put(error)
+
+    threading.Thread(target=fill, daemon=True).start()
+    for _ in range(first, last):
+        item = ready.get()
+        if isinstance(item, Exception):
+            raise item
+        yield item

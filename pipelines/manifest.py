@@ -1,0 +1,171 @@
+"""A committed pair set: the Parquet schema of LR-HR pairs, and the manifest that says which shards and rows count.
+
+Readers read `<output>/manifest.json`, never a glob: a shard that no manifest names does not exist, and a source that
+was replaced is listed under its old shard's `dropped_sources`.
+"""
+
+import hashlib
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.images import decode_lossless
+
+FORMAT = 1
+SPLITS = ("train", "val", "test")
+PAIR_SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("source_key", pa.string()),
+        ("source_etag", pa.string()),
+        ("crop", pa.struct([(name, pa.int32()) for name in ("y", "x", "h", "w")])),
+        ("hr", pa.binary()),
+        ("lr", pa.binary()),
+        ("hr_codec", pa.string()),
+        ("lr_codec", pa.string()),
+        *[(name, pa.int32()) for name in ("hr_h", "hr_w", "lr_h", "lr_w", "scale")],
+        ("degradation", pa.string()),
+        ("degradation_seed", pa.int64()),
+        ("split", pa.string()),
+        ("hr_sha256", pa.string()),
+        ("phash", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One Parquet file: name relative to the set, rows by split, and sources whose rows no longer count."""
+
+    name: str
+    bytes: int
+    sha256: str
+    splits: dict[str, int]
+    dropped_sources: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A committed pair set; recipe holds every setting that decides its bytes."""
+
+    recipe: dict[str, Any]
+    shards: list[Shard]
+
+    @property
+    def digest(self) -> str:
+        """The name of exactly this data: sha256 of the recipe and every shard's hash and dropped sources."""
+        parts = [[s.name, s.sha256, sorted(s.dropped_sources)] for s in sorted(self.shards, key=lambda s: s.name)]
+        return hashlib.sha256(json.dumps([self.recipe, parts], sort_keys=True).encode()).hexdigest()
+
+    def num_pairs(self, split: str) -> int:
+        """Pairs of a split."""
+        return sum(shard.splits.get(split, 0) for shard in self.shards)
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: equal sets are equal bytes."""
+        shards = [vars(shard) for shard in sorted(self.shards, key=lambda s: s.name)]
+        counts = {split: self.num_pairs(split) for split in SPLITS}
+        document = {"format": FORMAT, "digest": self.digest, "recipe": self.recipe, "pairs": counts, "shards": shards}
+        return json.dumps(document, indent=1, sort_keys=True).encode()
+
+
+def load_manifest(pairs: str) -> Manifest:
+    """Return the manifest of a pair set; raises ValueError when there is none or it is of another format."""
+    uri = storage.join(pairs, "manifest.json")
+    if not storage.exists(uri):
+        raise ValueError(f"pairs ({pairs}) must hold a manifest.json; make the set with make_pairs.py first")
+    document = json.loads(storage.read_bytes(uri))
+    if document.get("format") != FORMAT:
+        raise ValueError(f"manifest format ({document.get('format')}) must be {FORMAT}; make the set again")
+    manifest = Manifest(recipe=document["recipe"], shards=[Shard(**shard) for shard in document["shards"]])
+    if manifest.digest != document["digest"]:
+        raise ValueError(f"manifest digest of {pairs} does not match its content; make the set again")
+    return manifest
+
+
+class PairReader:
+    """Decoded pairs of one split in a seeded order: a pure function of (manifest, split, seed, position).
+
+    Row groups are permuted each epoch, and the rows inside windows of a few row groups: epoch-exact (every pair once),
+    with bounded memory. Position k of an unbounded sequence is pair k modulo the epoch: a resume needs only a number.
+    """
+
+    def __init__(self, pairs: str, manifest: Manifest, split: str, *, seed: int, window_groups: int = 4) -> None:
+        self.pairs, self.split, self.seed, self.window_groups = pairs, split, seed, window_groups
+        self.shards = sorted((s for s in manifest.shards if s.splits.get(split)), key=lambda s: s.name)
+        self.num_pairs = manifest.num_pairs(split)
+        if not self.num_pairs:
+            raise ValueError(f"split ({split}) of {pairs} must hold pairs; it holds none: add sources or other shares")
+        self._groups: list[tuple[int, int]] = []
+        self._files: dict[int, pq.ParquetFile] = {}
+        for index in range(len(self.shards)):
+            self._groups += [(index, group) for group in range(self._file(index).num_row_groups)]
+        self._cache: OrderedDict[tuple[int, int], list[tuple[bytes, bytes]]] = OrderedDict()
+        self._order: tuple[int, list[tuple[tuple[int, int], int]]] | None = None
+
+    def pair(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (hr, lr) uint8 HWC of the sequence's element `position`; grey stays (H, W, 1)."""
+        epoch, within = divmod(position, self.num_pairs)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self._epoch_order(epoch))
+        group, row = self._order[1][within]
+        hr, lr = self._rows(group)[row]
+        return decode_lossless(hr), decode_lossless(lr)
+
+    def batch(self, positions: range) -> tuple[np.ndarray, np.ndarray]:
+        """Return (hr, lr) uint8 (B, H, W, 3) for these positions; grey is repeated into three channels."""
+        rows = [self.pair(position) for position in positions]
+        hr, lr = ([np.broadcast_to(x, (*x.shape[:2], 3)) for x in side] for side in zip(*rows, strict=True))
+        return np.stack(hr), np.stack(lr)
+
+    def _epoch_order(self, epoch: int) -> list[tuple[tuple[int, int], int]]:
+        generator = np.random.default_rng([self.seed, epoch])
+        groups = [self._groups[i] for i in generator.permutation(len(self._groups))]
+        order: list[tuple[tuple[int, int], int]] = []
+        for start in range(0, len(groups), self.window_groups):
+            window = [(g, row) for g in groups[start : start + self.window_groups] for row in range(len(self._rows(g)))]
+            order += [window[i] for i in generator.permutation(len(window))]
+        return order
+
+    def _file(self, index: int) -> pq.ParquetFile:
+        if index not in self._files:
+            shard = self.shards[index]
+            data = storage.read_bytes(storage.join(self.pairs, shard.name))
+            if storage.digest_bytes(data) != shard.sha256:
+                raise ValueError(f"shard ({shard.name}) must have sha256 {shard.sha256}; it was altered: make it again")
+            self._files[index] = pq.ParquetFile(io.BytesIO(data))
+        return self._files[index]
+
+    def _rows(self, group: tuple[int, int]) -> list[tuple[bytes, bytes]]:
+        if group in self._cache:
+            self._cache.move_to_end(group)
+            return self._cache[group]
+        dropped = set(self.shards[group[0]].dropped_sources)
+        table = self._file(group[0]).read_row_group(group[1], columns=["hr", "lr", "split", "source_key"])
+        rows = [
+            (row["hr"], row["lr"])
+            for row in table.to_pylist()
+            if row["split"] == self.split and row["source_key"] not in dropped
+        ]
+        self._cache[group] = rows
+        while len(self._cache) > 2 * self.window_groups:
+            self._cache.popitem(last=False)
+        return rows
+
+
+def iter_pairs(pairs: str, manifest: Manifest, split: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a split in stored order, blobs still encoded: for evaluation."""
+    for shard in sorted(manifest.shards, key=lambda s: s.name):
+        file = pq.ParquetFile(io.BytesIO(storage.read_bytes(storage.join(pairs, shard.name))))
+        for group in range(file.num_row_groups):
+            for row in file.read_row_group(group).to_pylist():
+                if row["split"] == split and row["source_key"] not in shard.dropped_sources:
+                    yield row

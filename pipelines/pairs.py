@@ -1,0 +1,172 @@
+"""Job 1: a bucket of images becomes LR-HR pairs in Parquet, with every input accounted for."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from diffsr_core.degradation import DEGRADATIONS
+from pipelines import storage
+from pipelines.config import check, fingerprint, to_mapping
+from pipelines.engine import say
+from pipelines.images import SUFFIXES
+from pipelines.lease import Lease
+from pipelines.ledger import Ledger
+from pipelines.manifest import SPLITS, Manifest, Shard
+from pipelines.patches import PairsWorker
+from pipelines.runs import Summary, new_run_id
+from pipelines.work import Work, forecast, run
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Make LR-HR training pairs from a folder or bucket of images. A rerun does only what is new or changed."""
+
+    source: str = field(metadata={"unit": "URI"})
+    """Folder or prefix of images."""
+    output: str = field(metadata={"unit": "URI"})
+    """Where the pair set is kept: data/*.parquet, manifest.json and the ledger in _diffsr/."""
+    scale: int = 4
+    """HR pixels per LR pixel along one axis."""
+    degradation: str = "bicubic"
+    """Recipe that makes LR from HR: bicubic or bilinear."""
+    patch: int = field(default=256, metadata={"unit": "PIXELS"})
+    """Side of the square HR patches; a multiple of the scale."""
+    max_per_image: int = 64
+    """Patches taken from one image at most, chosen by hash."""
+    min_deviation: float = 2.0
+    """Patches whose standard deviation (of 255) is below this are dropped as flat."""
+    val_share: float = 0.05
+    """Share of the sources that go into the split `val`."""
+    test_share: float = 0.05
+    """Share of the sources that go into the split `test`."""
+    codec: Literal["webp", "png"] = "webp"
+    """Lossless codec of colour patches (grey ones are PNG)."""
+    seed: int = 0
+    """Seed of the patch choice and of the degradation."""
+    max_megapixels: float = 100.0
+    """Larger images are dead letters, judged by their header before decoding."""
+    unit_megabytes: float = field(default=64.0, metadata={"group": "running"})
+    """Source bytes in one unit of work, which becomes one Parquet file."""
+    max_dead_share: float = 0.2
+    """Error budget: the job fails (exit 3) when more of its inputs are dead letters."""
+    engine: Literal["ray", "local"] = "ray"
+    """Ray Data actors, or a plain loop in this process."""
+    num_workers: int = 1
+    """Actors, one CPU each; one more CPU is left to Ray Data."""
+    dry_run: bool = False
+    """Say what would be done, and stop."""
+
+    def __post_init__(self) -> None:
+        check(self.scale >= 2, "scale", self.scale, "must be at least 2", "use 2, 3, 4 or 8")
+        names = ", ".join(sorted(DEGRADATIONS))
+        check(
+            self.degradation in DEGRADATIONS,
+            "degradation",
+            self.degradation,
+            f"must be one of {names}",
+            "use one of them",
+        )
+        check(
+            self.patch >= self.scale and self.patch % self.scale == 0,
+            "patch",
+            self.patch,
+            f"must be a multiple of scale ({self.scale})",
+            f"use {max(1, self.patch // self.scale) * self.scale}",
+        )
+        check(self.max_per_image >= 1, "max_per_image", self.max_per_image, "must be at least 1", "use 1 or more")
+        check(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1", "use 1 or more")
+        check(self.unit_megabytes > 0, "unit_megabytes", self.unit_megabytes, "must be above 0", "use 64")
+        check(self.max_megapixels > 0, "max_megapixels", self.max_megapixels, "must be above 0", "use 100")
+        check(0 <= self.max_dead_share <= 1, "max_dead_share", self.max_dead_share, "must be from 0 to 1", "use 0.2")
+        for name in ("val_share", "test_share"):
+            value = getattr(self, name)
+            check(0 <= value < 1, name, value, "must be from 0 to less than 1", "use 0.05")
+        both = self.val_share + self.test_share
+        check(both < 1, "val_share + test_share", both, "must be below 1", "leave something to train on")
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the settings that decide the bytes of the set."""
+        running = ("source", "output", "unit_megabytes", "max_dead_share", "engine", "num_workers", "dry_run")
+        return {name: value for name, value in to_mapping(self).items() if name not in running}
+
+
+def make_pairs(config: PairsConfig) -> Summary:
+    """Run the job; return its summary. Raises ValueError, LeaseHeld or BudgetExceeded."""
+    recipe = config.recipe()
+    work = Work(
+        source=config.source,
+        output=config.output,
+        suffixes=SUFFIXES,
+        recipe=fingerprint(recipe),
+        unit_bytes=int(config.unit_megabytes * 2**20),
+        max_dead_share=config.max_dead_share,
+    )
+    _refuse_another_recipe(config.output, recipe)
+    run_id = new_run_id("pairs")
+    if config.dry_run:
+        ahead = forecast(work)
+        say(f"pairs: {ahead.todo} of {ahead.listed} images would be read, {ahead.todo_bytes / 1e6:.1f} MB")
+        return Summary(job="pairs", run_id=run_id, status="planned", inputs=ahead.todo)
+    with Lease(config.output, run_id=run_id) as lease:
+        outcome = run(
+            work,
+            make=PairsWorker,
+            arguments={"source": config.source, "output": config.output, "recipe": recipe},
+            engine=config.engine,
+            num_workers=config.num_workers,
+            run_id=run_id,
+            lease=lease,
+            label="pairs",
+        )
+        manifest = build_manifest(Ledger(config.output), recipe)
+        lease.check()
+        storage.publish(storage.join(config.output, "manifest.json"), manifest.to_bytes())
+    counts = {f"pairs_{split}": float(manifest.num_pairs(split)) for split in SPLITS}
+    say(f"pairs: {counts}; manifest {manifest.digest[:12]}")
+    return Summary(
+        job="pairs",
+        run_id=run_id,
+        status="done",
+        inputs=outcome.inputs,
+        done=outcome.done,
+        skipped=outcome.skipped,
+        dead=outcome.dead,
+        unchanged=outcome.unchanged,
+        outputs=[storage.join(config.output, "manifest.json")],
+        metrics=counts,
+    )
+
+
+def _refuse_another_recipe(output: str, recipe: dict[str, Any]) -> None:
+    uri = storage.join(output, "manifest.json")
+    if not storage.exists(uri):
+        return
+    found = json.loads(storage.read_bytes(uri))["recipe"]
+    differing = sorted(name for name in recipe.keys() | found.keys() if recipe.get(name) != found.get(name))
+    if differing:
+        was = ", ".join(f"{name}={found.get(name)}" for name in differing)
+        raise ValueError(f"output ({output}) must be a set of the same recipe; it has {was}: choose another --output")
+
+
+def build_manifest(ledger: Ledger, recipe: dict[str, Any]) -> Manifest:
+    """Return the manifest of what the ledger says is there now."""
+    latest = {row["key"]: row for row in ledger.latest().to_pylist()}
+    shards: dict[str, Shard] = {}
+    for row in ledger.rows().to_pylist():
+        if row["status"] != "done":
+            continue
+        shard = shards.setdefault(
+            row["out_key"],
+            Shard(name=row["out_key"], bytes=row["out_bytes"], sha256=row["out_sha256"], splits={}),
+        )
+        current = latest[row["key"]]
+        if current["status"] == "done" and current["out_key"] == row["out_key"]:
+            if current["order"] != row["order"]:
+                continue  # the same unit was done twice: count it once
+            for name, value in row["metrics"]:
+                split = name.removeprefix("pairs_")
+                if split in SPLITS:
+                    shard.splits[split] = shard.splits.get(split, 0) + int(value)
+        elif row["key"] not in shard.dropped_sources:
+            shard.dropped_sources.append(row["key"])
+    return Manifest(recipe=recipe, shards=[shard for shard in shards.values() if sum(shard.splits.values())])

@@ -1,0 +1,27 @@
+"""The pyfunc face of a model in MLflow, as models-from-code: image bytes in, image bytes out. No object is pickled."""
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.pyfunc.model import PythonModel
+
+from diffsr_core.checkpoint import load_model
+from diffsr_core.upscaler import SamplingRecipe, Upscaler
+from pipelines.pictures import upscale_picture
+
+
+class ServedUpscaler(PythonModel):
+    """Upscales encoded images with the folder that was logged beside it."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the model folder; refuses a damaged one."""
+        model, _ = load_model(Path(context.artifacts["model"]))
+        self.upscaler = Upscaler(model, SamplingRecipe())
+
+    def predict(self, context: Any, model_input: list[bytes], params: dict[str, Any] | None = None) -> list[bytes]:
+        """Return each image upscaled, in its own format. Raises Refused (with a reason) for what is not an image."""
+        return [upscale_picture(self.upscaler, data).data for data in model_input]
+
+
+mlflow.models.set_model(ServedUpscaler())

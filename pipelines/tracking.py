@@ -1,0 +1,183 @@
+"""MLflow: runs, data sets, logged models, versions and aliases. Nothing here unpickles (law 5)."""
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.data.http_dataset_source import HTTPDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from diffsr_core import checkpoint
+from pipelines import storage
+from pipelines.engine import say
+from pipelines.images import decode_lossless
+from pipelines.manifest import Manifest
+
+CHAMPION, PREVIOUS = "champion", "previous_champion"
+EXPERIMENT = "diffsr"
+
+
+def connect() -> mlflow.MlflowClient:
+    """Return a client of the store that MLFLOW_TRACKING_URI names; without one, ./mlflow.db and ./mlruns.
+
+    A relative SQLite path is made absolute, so that workers in other folders mean the same store.
+    """
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///")).absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        uri = f"sqlite:///{path}"
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+        mlflow.set_tracking_uri(uri)
+        if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+            mlflow.create_experiment(EXPERIMENT, artifact_location=(path.parent / "mlruns").as_uri())
+    else:
+        mlflow.set_tracking_uri(uri)
+    mlflow.set_experiment(EXPERIMENT)
+    return mlflow.MlflowClient()
+
+
+@contextmanager
+def run(name: str, *, run_id: str | None = None, params: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """Start a run, or continue one, for the body; give its id. Parameters are logged once; an exception fails it."""
+    status = "FAILED"
+    active = mlflow.start_run(run_id=run_id, run_name=None if run_id else name, log_system_metrics=run_id is None)
+    try:
+        if run_id is None:
+            mlflow.log_params({key: str(value)[:500] for key, value in (params or {}).items()})
+            mlflow.set_tag("diffsr.commit", os.environ.get("DIFFSR_COMMIT", "unknown"))
+        yield str(active.info.run_id)
+        status = "FINISHED"
+    finally:
+        mlflow.end_run(status)
+
+
+def _dataset(uri: str, name: str, digest: str) -> MetaDataset:
+    source = HTTPDatasetSource(uri)  # type: ignore[no-untyped-call]
+    return MetaDataset(source=source, name=name, digest=digest[:32])  # type: ignore[abstract]
+
+
+def log_pairs(pairs: str, manifest: Manifest, *, context: str) -> None:
+    """Tie the current run to exactly this pair set."""
+    mlflow.log_input(_dataset(pairs, "pairs", manifest.digest), context=context)
+
+
+def log_model(files: Mapping[str, bytes], *, example: bytes, register: str | None) -> tuple[str, int | None]:
+    """Log a model folder with its pyfunc face under the current run; return (model URI, registered version)."""
+    here = Path(__file__).resolve().parent
+    with tempfile.TemporaryDirectory(prefix="diffsr-") as folder:
+        home = Path(folder) / "model"  # MLflow keeps this name: resolve() finds the folder by it
+        checkpoint.save_files(home, files)
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(here / "served.py"),
+            artifacts={"model": str(home)},
+            code_paths=[str(here), str(here.parent / "diffsr_core")],
+            input_example=[example],
+            pip_requirements=["torch", "numpy", "pillow", "safetensors", "fsspec"],
+            registered_model_name=register,
+        )
+    version = info.registered_model_version
+    return str(info.model_uri), None if version is None else int(version)
+
+
+def version_of(ref: str) -> ModelVersion:
+    """Return the registry entry of `models:/name@alias` or `models:/name/version`; ValueError when there is none."""
+    client = connect()
+    name, at, alias = ref.removeprefix("models:/").partition("@")
+    try:
+        if at:
+            return client.get_model_version_by_alias(name, alias)
+        name, _, version = name.rpartition("/")
+        return client.get_model_version(name, version)
+    except MlflowException as error:
+        raise ValueError(
+            f"model ({ref}) must be in the registry at {mlflow.get_tracking_uri()}; it says: {error.message}"
+        ) from None
+
+
+def download(entry: ModelVersion) -> str:
+    """Return a folder of this machine with the files of a registered version."""
+    return str(mlflow.artifacts.download_artifacts(f"models:/{entry.name}/{entry.version}"))
+
+
+def alias_version(client: mlflow.MlflowClient, name: str, alias: str) -> int | None:
+    """Return the version that an alias points to, or None."""
+    with suppress(MlflowException):
+        value = client.get_registered_model(name).aliases.get(alias)
+        return None if value is None else int(value)
+    return None
+
+
+class Reporter:
+    """Takes the training reports in the driver: logs them to the current run and shows one line every few seconds."""
+
+    def __init__(self, num_steps: int, *, output: str) -> None:
+        self.num_steps, self.output = num_steps, output
+        self.last: dict[str, float] = {}
+        self._shown = 0.0
+
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        step = int(metrics["step"])
+        values = {name: float(value) for name, value in metrics.items() if name != "step"}
+        self.last |= values
+        mlflow.log_metrics(values, step=step)
+        validated = {name: value for name, value in values.items() if name.startswith("val_")}
+        if validated:
+            uri = storage.join(self.output, "samples", f"step-{step:08d}.png")
+            mlflow.log_image(np.asarray(decode_lossless(storage.read_bytes(uri))), key="samples", step=step)
+        if validated or step == self.num_steps or time.monotonic() - self._shown > 5:
+            self._shown = time.monotonic()
+            scores = "".join(f", {name.removeprefix('val_')} {value:.2f} dB" for name, value in validated.items())
+            say(
+                f"train: step {step} of {self.num_steps}, loss {values['loss']:.4f}, "
+                f"{values['images_per_s']:.0f} images/s, waiting {values['data_wait_share']:.1%}{scores}"
+            )
+
+
+def log_evaluation(metrics: Mapping[str, float], *, digest: str, source: str, artifacts: list[str]) -> None:
+    """Log scores, the data set's digest and the files of an evaluation to the current run."""
+    mlflow.log_metrics(dict(metrics))
+    mlflow.log_input(_dataset(source, "evaluation", digest), context="evaluation")
+    with tempfile.TemporaryDirectory(prefix="diffsr-") as folder:
+        for uri in artifacts:
+            path = Path(folder) / Path(uri).name
+            path.write_bytes(storage.read_bytes(uri))
+            mlflow.log_artifact(str(path))
+
+
+def newest_version(client: mlflow.MlflowClient, name: str) -> int:
+    """Return the highest version of a registered model; ValueError when there is none."""
+    versions = [int(entry.version) for entry in client.search_model_versions(f"name='{name}'")]
+    if not versions:
+        raise ValueError(
+            f"model ({name}) must have a registered version at {mlflow.get_tracking_uri()}; train one first"
+        )
+    return max(versions)
+
+
+def move_champion(client: mlflow.MlflowClient, name: str, version: int, *, expected: int | None, evidence: str) -> None:
+    """Point the champion alias at a version and keep the old one as previous_champion.
+
+    MLflow has no compare-and-swap for aliases: the alias is read again just before the write, and a champion that is
+    not the one that was judged is a ValueError.
+    """
+    found = alias_version(client, name, CHAMPION)
+    if found != expected:
+        raise ValueError(f"champion (v{found}) must still be the one that was compared (v{expected}); promote again")
+    if expected is not None:
+        client.set_registered_model_alias(name, PREVIOUS, str(expected))
+    client.set_registered_model_alias(name, CHAMPION, str(version))
+    client.set_model_version_tag(name, str(version), "diffsr.evidence", evidence)
+    client.set_model_version_tag(name, str(version), "diffsr.promoted_from", str(expected))

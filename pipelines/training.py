@@ -1,0 +1,230 @@
+"""Job 2: pairs -> a trained and registered model. Ray Train carries the core's step; the same loop runs alone."""
+
+import json
+import math
+import threading
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from diffsr_core import presets
+from diffsr_core.training import TrainingRecipe
+from pipelines import storage
+from pipelines.checkpoints import newest_files
+from pipelines.config import check, fingerprint
+from pipelines.engine import cluster, say
+from pipelines.images import encode_lossless
+from pipelines.lease import Lease
+from pipelines.loop import LoopConfig, Report, ray_loop, train_loop
+from pipelines.manifest import Manifest, PairReader, load_manifest
+from pipelines.models import MODEL_FILES, publish_files
+from pipelines.runs import Summary, TrainingFailed, new_run_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a preset on a pair set. The same command again continues; when all steps are done it does nothing."""
+
+    pairs: str = field(metadata={"unit": "URI"})
+    """Pair set made by make_pairs."""
+    output: str = field(metadata={"unit": "URI"})
+    """Where checkpoints and the final model folder are kept."""
+    preset: str = "nano-x4"
+    """Model and recipe; a name with -regression is the twin without a denoiser."""
+    steps: int | None = None
+    """Steps of the diffusion stage (of the only stage for a regression preset); default: the preset's."""
+    encoder_steps: int | None = None
+    """Steps of the encoder's own stage before it; default: the preset's."""
+    batch_size: int | None = None
+    """Patches per step over all workers; default: the preset's."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Arithmetic of the forward pass."""
+    seed: int = 0
+    """Seed of initial weights, order, noise and augmentation."""
+    register: str | None = None
+    """Name under which the model is registered in MLflow."""
+    checkpoint_every: int = field(default=200, metadata={"group": "running"})
+    """Steps between checkpoints (each with a validation and a picture)."""
+    keep: int = 2
+    """Checkpoints kept."""
+    log_every: int = 20
+    """Steps between metric reports."""
+    engine: Literal["ray", "local"] = "ray"
+    """Ray Train, or a plain loop in this process."""
+    num_workers: int = 1
+    """Training workers."""
+    cpus_per_worker: float = 1.0
+    """Logical CPUs of a worker."""
+    use_gpu: bool = False
+    """One GPU per worker."""
+    max_failures: int = 2
+    """Worker failures after which training stops; each resumes from the newest checkpoint."""
+    dry_run: bool = False
+    """Say what would be trained, and stop."""
+
+    def __post_init__(self) -> None:
+        names = presets.names()
+        check(self.preset in names, "preset", self.preset, f"must be one of {', '.join(names)}", "use one of them")
+        for name in ("steps", "batch_size", "checkpoint_every", "keep", "log_every", "num_workers"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, value, "must be at least 1", "use 1 or more")
+        check(self.encoder_steps is None or self.encoder_steps >= 0, "encoder_steps", self.encoder_steps,
+              "must be at least 0", "use 0 to skip that stage")  # fmt: skip
+        check(self.max_failures >= 0, "max_failures", self.max_failures, "must be at least 0", "use 0 or more")
+        check(self.cpus_per_worker > 0, "cpus_per_worker", self.cpus_per_worker, "must be above 0", "use 0.5 or 1")
+        check(self.engine == "ray" or self.num_workers == 1, "num_workers", self.num_workers,
+              "must be 1 with engine local", "use --engine ray")  # fmt: skip
+        batch = self.recipe().batch_size
+        check(batch % self.num_workers == 0, "batch_size", batch,
+              f"must be a multiple of num_workers ({self.num_workers})",
+              f"use {math.ceil(batch / self.num_workers) * self.num_workers}")  # fmt: skip
+
+    def recipe(self) -> TrainingRecipe:
+        """Return the training recipe: the preset's with what was overridden."""
+        preset = presets.get(self.preset)
+        stages = []
+        for index, stage in enumerate(preset.stages):
+            last = index == len(preset.stages) - 1
+            wanted = self.steps if last else self.encoder_steps
+            stage = stage if wanted is None else replace(stage, num_steps=wanted)
+            stages += [stage] if stage.num_steps else []
+        return TrainingRecipe(
+            stages=tuple(stages),
+            batch_size=self.batch_size or preset.batch_size,
+            seed=self.seed,
+            precision=self.precision,
+        )
+
+
+def train(config: TrainConfig) -> Summary:
+    """Run the job; return its summary. Raises ValueError, LeaseHeld or DivergedError."""
+    from pipelines import tracking
+
+    manifest = load_manifest(config.pairs)
+    recipe, preset = config.recipe(), presets.get(config.preset)
+    _check_pairs(config, manifest)
+    identity = fingerprint({"preset": config.preset, "recipe": asdict(recipe), "data": manifest.digest})
+    run_uri = storage.join(config.output, "run.json")
+    run: dict[str, Any] = json.loads(storage.read_bytes(run_uri)) if storage.exists(run_uri) else {}
+    if run and run["identity"] != identity:
+        raise ValueError(
+            f"output ({config.output}) must belong to the same preset, settings and pairs; it is another run's: "
+            "choose another --output"
+        )
+    model_uri = storage.join(config.output, "model")
+    if run.get("summary"):
+        say(f"train: nothing to do, all {recipe.num_steps} steps are done")
+        return Summary(
+            **{**run["summary"], "inputs": 0, "done": 0, "unchanged": run["summary"]["inputs"], "seconds": 0.0}
+        )
+    parts = ", then ".join(f"{stage.num_steps} steps of {stage.name}" for stage in recipe.stages)
+    say(f"train: {config.preset} ({preset.params:,} weights): {parts}; batch {recipe.batch_size}, "
+        f"{manifest.num_pairs('train')} pairs")  # fmt: skip
+    if config.dry_run:
+        return Summary(job="train", run_id="none", status="planned", inputs=recipe.num_steps)
+    tracking.connect()
+    with Lease(config.output, run_id=new_run_id("train")):
+        params = {**asdict(config), **asdict(recipe), "weights": preset.params, "data_digest": manifest.digest}
+        with tracking.run(f"train {config.preset}", run_id=run.get("mlflow_run"), params=params) as run_id:
+            if not run:
+                tracking.log_pairs(config.pairs, manifest, context="training")
+            storage.publish(run_uri, json.dumps({"identity": identity, "mlflow_run": run_id}).encode())
+            metrics = _run(config, tracking.Reporter(recipe.num_steps, output=config.output))
+            files = newest_files(config.output)
+            assert files is not None, "the loop ends with a checkpoint"
+            files = {name: files[name] for name in MODEL_FILES}
+            publish_files(model_uri, files)
+            example = encode_lossless(PairReader(config.pairs, manifest, "train", seed=0).pair(0)[1], "png")
+            uri, version = tracking.log_model(files, example=example, register=config.register)
+        summary = Summary(
+            job="train",
+            run_id=run_id,
+            status="done",
+            inputs=recipe.num_steps,
+            done=recipe.num_steps,
+            outputs=[model_uri, uri] + ([f"models:/{config.register}/{version}"] if version is not None else []),
+            metrics=metrics,
+        )
+        document = {"identity": identity, "mlflow_run": run_id, "summary": _fields(summary)}
+        storage.publish(run_uri, json.dumps(document).encode())
+    return summary
+
+
+def _fields(summary: Summary) -> dict[str, Any]:
+    return {name: value for name, value in asdict(summary).items() if name != "exit_code"}
+
+
+def _check_pairs(config: TrainConfig, manifest: Manifest) -> None:
+    model = presets.get(config.preset).model
+    scale, patch = manifest.recipe["scale"], manifest.recipe["patch"]
+    check(
+        scale == model.scale,
+        "pairs scale",
+        scale,
+        f"must be that of {config.preset} ({model.scale})",
+        "make other pairs",
+    )
+    side = patch // scale
+    check(side % model.lr_stride == 0, "pairs patch", patch,
+          f"must be a multiple of {model.lr_stride * scale} for {config.preset}", "make other pairs")  # fmt: skip
+    need = config.recipe().batch_size
+    have = manifest.num_pairs("train")
+    check(have >= need, "pairs in split train", have, f"must be at least the batch ({need})", "add sources")
+    if not manifest.num_pairs("val"):
+        say("train: the split val holds no pairs, so nothing is validated while training")
+
+
+def _run(config: TrainConfig, reporter: Any) -> dict[str, float]:
+    """Carry the loop to its end, locally or on Ray Train; return the last metrics."""
+    loop = LoopConfig(
+        pairs=config.pairs,
+        output=config.output,
+        preset=config.preset,
+        recipe=config.recipe(),
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep,
+        log_every=config.log_every,
+        threads=max(1, int(config.cpus_per_worker)),
+    )
+    if config.engine == "local":
+        train_loop(loop, rank=0, world=1, device="cuda" if config.use_gpu else "cpu", report=reporter)
+        return dict(reporter.last)
+    num_cpus = math.ceil(config.num_workers * config.cpus_per_worker)
+    with cluster(num_cpus=num_cpus + 1):
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchTrainer
+        from ray.util.queue import Queue
+
+        # Reports come to the driver through a queue: only it talks to MLflow, and it shows progress as it comes.
+        reports = Queue(actor_options={"num_cpus": 0})
+        resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {})
+        scaling = ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources)
+        trainer = TorchTrainer(
+            ray_loop,
+            train_loop_config={"loop": loop, "reports": reports},
+            scaling_config=scaling,
+            run_config=RunConfig(
+                name=new_run_id("ray"),
+                storage_path=_ray_storage(config.output),
+                failure_config=FailureConfig(max_failures=config.max_failures),
+            ),
+        )
+        pump = threading.Thread(target=_pump, args=(reports, reporter))
+        pump.start()
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise TrainingFailed(f"{error}; the same command continues from the newest checkpoint") from error
+        finally:
+            reports.put(None)
+            pump.join()
+    return dict(reporter.last)
+
+
+def _ray_storage(output: str) -> str:
+    uri = storage.join(output, "_diffsr", "ray")
+    return uri if "://" in uri else storage.open_filesystem(uri)[1]
+
+
+def _pump(reports: Any, report: Report) -> None:
+    while (metrics := reports.get()) is not None:
+        report(metrics)

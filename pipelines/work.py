@@ -1,0 +1,186 @@
+"""The flow that pairs and upscale share: list, compare with the ledger, pack, plan, run, receipts, commit."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines import storage
+from pipelines.engine import Worker, progress, run_units, say
+from pipelines.images import Refused
+from pipelines.lease import Lease
+from pipelines.ledger import Ledger, Plan, Receipt, difference, list_table, open_plans, pack, save_plan
+
+FLUSH_S = 5.0
+BUDGET_SAMPLE = 20  # the error budget is not judged before this many assets
+
+
+class BudgetExceeded(RuntimeError):
+    """More assets became dead letters than the error budget allows; what was done is kept. counts: the run so far."""
+
+    def __init__(self, message: str, counts: dict[str, int]) -> None:
+        super().__init__(message)
+        self.counts = counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is to be done. recipe is the fingerprint of all settings that decide the bytes, model the model's digest."""
+
+    source: str
+    output: str
+    suffixes: frozenset[str]
+    recipe: str
+    model: str = ""
+    unit_bytes: int = 64 * 2**20
+    max_dead_share: float = 0.2
+    retry_dead: bool = False
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a run would do: assets listed, to do (new or changed), and their bytes; rows is the work itself."""
+
+    listed: int
+    todo: int
+    todo_bytes: int
+    rows: pa.Table
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a run did, counted over this run's assets; unchanged assets are those that the ledger already had."""
+
+    inputs: int = 0
+    done: int = 0
+    skipped: int = 0
+    dead: int = 0
+    unchanged: int = 0
+    resumed_units: int = 0
+
+
+def read_source(source: str, row: dict[str, Any]) -> bytes:
+    """Return the bytes of a planned asset. Raises Refused when the store does not give what was listed."""
+    uri = storage.join(source, row["key"])
+    try:
+        return storage.read_listed(uri, row["etag"])
+    except FileNotFoundError:
+        raise Refused("read", "missing", f"{uri} was listed and is gone") from None
+    except storage.Changed as error:
+        raise Refused("read", "source_changed", f"{error}; the next run takes the new content") from None
+    except OSError as error:
+        raise Refused("read", "io_error", f"{uri}: {error}") from None
+
+
+def forecast(work: Work) -> Forecast:
+    """List the source and return what is not accounted for. Writes nothing."""
+    listing = list_table(work.source, suffixes=work.suffixes)
+    rows = difference(
+        listing, Ledger(work.output).latest(), recipe=work.recipe, model=work.model, retry_dead=work.retry_dead
+    )
+    if work.limit is not None:
+        rows = rows.slice(0, work.limit)
+    return Forecast(
+        listed=listing.num_rows, todo=rows.num_rows, todo_bytes=int(pc.sum(rows["size"]).as_py() or 0), rows=rows
+    )
+
+
+def run(
+    work: Work,
+    *,
+    make: Callable[..., Worker],
+    arguments: dict[str, Any],
+    engine: str,
+    num_workers: int,
+    run_id: str,
+    lease: Lease,
+    label: str,
+) -> Outcome:
+    """Do the work under the lease: first what an interrupted run left, then the difference. Raises BudgetExceeded."""
+    ledger, outcome = Ledger(work.output), Outcome()
+    writer = _Writer(ledger, lease, run_id)
+    for plan in open_plans(ledger):
+        if (plan.recipe, plan.model) == (work.recipe, work.model):
+            accounted = set(pc.unique(ledger.rows()["unit_id"]).to_pylist())
+            left = [i for i, unit_id in enumerate(plan.unit_ids()) if unit_id not in accounted]
+            say(f"{label}: an interrupted plan is continued, {len(left)} of {plan.num_units} units are left")
+            outcome.resumed_units += len(left)
+            _execute(plan, left, work, make, arguments, engine, num_workers, writer, outcome, label)
+        storage.delete(plan.uri)  # finished, or made for other settings: its assets are found again by the difference
+    ahead = forecast(work)
+    outcome.unchanged = ahead.listed - ahead.todo
+    if ahead.todo:
+        units = pack(ahead.rows, recipe=work.recipe, model=work.model, unit_bytes=work.unit_bytes)
+        plan = save_plan(ledger, units, recipe=work.recipe, model=work.model)
+        say(f"{label}: {ahead.todo} of {ahead.listed} assets are new or changed, in {plan.num_units} units")
+        _execute(plan, list(range(plan.num_units)), work, make, arguments, engine, num_workers, writer, outcome, label)
+        storage.delete(plan.uri)
+    else:
+        say(f"{label}: nothing to do, all {ahead.listed} assets are accounted for")
+    return outcome
+
+
+def _execute(
+    plan: Plan,
+    indices: list[int],
+    work: Work,
+    make: Callable[..., Worker],
+    arguments: dict[str, Any],
+    engine: str,
+    num_workers: int,
+    writer: "_Writer",
+    outcome: Outcome,
+    label: str,
+) -> None:
+    if not indices:
+        return
+    batches: Iterator[list[Receipt]] = run_units(
+        plan, indices, make=make, arguments=arguments, engine=engine, num_workers=num_workers
+    )
+    try:
+        for receipts in progress(batches, total=len(indices), label=label):
+            writer.add(receipts)
+            for receipt in receipts:
+                outcome.inputs += 1
+                setattr(outcome, receipt.status, getattr(outcome, receipt.status) + 1)
+            if outcome.inputs >= BUDGET_SAMPLE:
+                _check_budget(outcome, work)
+    finally:
+        writer.flush()
+    _check_budget(outcome, work)
+
+
+def _check_budget(outcome: Outcome, work: Work) -> None:
+    if outcome.dead > work.max_dead_share * outcome.inputs:
+        raise BudgetExceeded(
+            f"dead letters ({outcome.dead} of {outcome.inputs}) must stay within max_dead_share "
+            f"({work.max_dead_share}); read the reasons with `status`, mend the cause, and run again",
+            {"inputs": outcome.inputs, "done": outcome.done, "skipped": outcome.skipped, "dead": outcome.dead},
+        )
+
+
+class _Writer:
+    """Appends receipts in segments, at most one every FLUSH_S seconds, each under a checked lease."""
+
+    def __init__(self, ledger: Ledger, lease: Lease, run_id: str) -> None:
+        self.ledger, self.lease, self.run_id = ledger, lease, run_id
+        self.buffer: list[Receipt] = []
+        self.number = 0
+        self.flushed = time.monotonic()
+
+    def add(self, receipts: list[Receipt]) -> None:
+        self.buffer += [replace(receipt, run_id=self.run_id, fence=self.lease.fence) for receipt in receipts]
+        if time.monotonic() - self.flushed > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.buffer:
+            self.lease.check()
+            self.ledger.append(self.buffer, fence=self.lease.fence, number=self.number)
+            self.number += 1
+            self.buffer = []
+        self.flushed = time.monotonic()
