@@ -7,7 +7,7 @@ amplitude of the signal, 1 = clean. t counts 0..T-1; t = 0 has been noised once.
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,8 @@ class Schedule:
     @property
     def noise_levels(self) -> Table:
         """(T,) float64: sqrt(alphas_cumprod)."""
-        return cast(Table, np.sqrt(self.alphas_cumprod))
+        levels: Table = np.asarray(np.sqrt(self.alphas_cumprod), np.float64)  # type: ignore[assignment]
+        return levels
 
 
 def sample_noise_levels(schedule: Schedule, count: int, *, generator: torch.Generator) -> torch.Tensor:

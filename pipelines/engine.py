@@ -51,6 +51,7 @@ def cluster(*, num_cpus: int) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -121,7 +122,6 @@ def map_actors(
     with cluster(num_cpus=size + 1):
         import ray
 
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
         mapped = ray.data.from_items(rows, override_num_blocks=min(len(rows), 4096)).map(
             actor,
             fn_constructor_kwargs=arguments,

@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -124,6 +125,7 @@ def train(config: TrainConfig) -> Summary:
     tracking.connect()
     with Lease(config.output, run_id=new_run_id("train")):
         params = {**asdict(config), **asdict(recipe), "weights": preset.params, "data_digest": manifest.digest}
+        started = time.monotonic()
         with tracking.run(f"train {config.preset}", run_id=run.get("mlflow_run"), params=params) as run_id:
             if not run:
                 tracking.log_pairs(config.pairs, manifest, context="training")
@@ -141,6 +143,7 @@ def train(config: TrainConfig) -> Summary:
             status="done",
             inputs=recipe.num_steps,
             done=recipe.num_steps,
+            seconds=round(time.monotonic() - started, 3),
             outputs=[model_uri, uri] + ([f"models:/{config.register}/{version}"] if version is not None else []),
             metrics=metrics,
         )

@@ -1,0 +1,182 @@
+"""The whole loop on real photographs in minutes: what `make demo` runs. Each step is a job that you could type.
+
+The photographs ship inside scikit-image. Everything is written below --output; run again, it redoes nothing.
+"""
+
+import argparse
+import io
+import json
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
+
+from diffsr_core.degradation import Degradation, crop_to_multiple
+from pipelines import storage
+from pipelines.ledger import Ledger
+from pipelines.report import write_report
+
+ARCHIVE = [
+    "brick.png",
+    "camera.png",
+    "coffee.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "motorcycle_right.png",
+    "retina.jpg",
+    "rocket.jpg",
+]
+HELD_OUT = ("astronaut.png", "chelsea.png", "coins.png")
+SAMPLING = ["--steps", "4", "--num-workers", "2"]
+
+
+def main() -> None:
+    """Run the demo from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.demo", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="where everything is written")
+    parser.add_argument("--encoder-steps", type=int, default=600, help="training steps of the encoder")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of the diffusion model")
+    options = parser.parse_args()
+    root: Path = options.output.absolute()
+    started = time.monotonic()
+    prepare(root)
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root}/mlflow.db"
+    job("make_pairs", "--source", root / "bucket", "--output", root / "pairs", "--patch", 64, "--min-deviation", 4,
+        "--max-per-image", 200, "--val-share", 0.225, "--test-share", 0, "--unit-megabytes", 1, "--num-workers", 2)  # fmt: skip
+    trained = job("train", "--pairs", root / "pairs", "--output", root / "run", "--preset", "nano-x4", "--encoder-steps",
+                  options.encoder_steps, "--steps", options.steps, "--precision", precision(), "--num-workers", 2,
+                  "--cpus-per-worker", 0.5, "--register", "diffsr")  # fmt: skip
+    version = trained["outputs"][-1].rpartition("/")[2]
+    job("evaluate", "--model", f"models:/diffsr/{version}", "--dataset", root / "held-out", "--output",
+        root / "evaluation", *SAMPLING)  # fmt: skip
+    job("promote", "--model", "diffsr", "--challenger", version, "--dataset", root / "held-out", "--output",
+        root / "promotion", *SAMPLING)  # fmt: skip
+    job("upscale", "run", "--source", root / "inbox", "--output", root / "outbox", "--model", "models:/diffsr@champion",
+        "--unit-megabytes", 0.02, *SAMPLING)  # fmt: skip
+    page = report(root)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"\n{time.monotonic() - started:.0f} s; largest process of a job {peak:.1f} GiB")
+    print(f"The report:  {page}")
+    print(f"MLflow:      {sys.executable} -m mlflow server --backend-store-uri sqlite:///{root}/mlflow.db --port 5000")
+
+
+def precision() -> str:
+    """Return bf16 where this CPU multiplies it in hardware, else float32 (emulated bf16 is several times slower)."""
+    path = Path("/proc/cpuinfo")
+    flags = path.read_text() if path.exists() else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def job(name: str, *words: object) -> dict[str, Any]:
+    """Run one job as a person would, its progress passing through; return its JSON summary. A failure ends the demo."""
+    script = Path(__file__).resolve().parent.parent / "jobs" / f"{name}.py"
+    arguments = [str(word) for word in words]
+    print(f"\n$ python jobs/{name}.py {shlex.join(arguments)}", flush=True)
+    done = subprocess.run([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(done.stdout)
+        raise SystemExit(f"demo: jobs/{name}.py ended with exit code {done.returncode}; its message is above")
+    line = done.stdout.rstrip().rpartition("\n")[2]
+    print(line, flush=True)
+    summary: dict[str, Any] = json.loads(line)
+    return summary
+
+
+def prepare(root: Path) -> None:
+    """Write the bucket, the held-out photographs and the inbox of LR photographs, once."""
+    if (root / "inbox").is_dir():
+        print(f"{root} has its photographs already")
+        return
+    data = files("skimage") / "data"
+    for folder, names in (("bucket", ARCHIVE), ("held-out", HELD_OUT)):
+        for name in names:
+            storage.publish(root / folder / name, (data / name).read_bytes())
+    photographs = {name: np.asarray(Image.open(root / "held-out" / name)) for name in HELD_OUT}
+    low = {name: Degradation("bicubic", 4).apply(crop_to_multiple(x, 4), seed=0) for name, x in photographs.items()}
+    person, cat, coins = (Image.fromarray(low[name]) for name in HELD_OUT)
+    veil = Image.linear_gradient("L").resize(cat.size)
+    with_alpha = cat.copy()
+    with_alpha.putalpha(veil)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # "turn me 90 degrees clockwise to look right"
+    inbox = {
+        "people/astronaut.png": encoded(person, "PNG"),
+        "cat with alpha.png": encoded(with_alpha, "PNG"),
+        "coins, grey.png": encoded(coins, "PNG"),
+        "people/turned by EXIF.jpg": encoded(person.crop((20, 0, 110, 128)).rotate(90, expand=True), "JPEG", turned),
+        "small.webp": encoded(cat.crop((30, 5, 83, 46)), "WEBP"),
+        "truncated.png": encoded(person, "PNG")[:9000],
+    }
+    for name, content in inbox.items():
+        storage.publish(root / "inbox.new" / name, content)
+    os.replace(root / "inbox.new", root / "inbox")
+    print(f"{len(ARCHIVE)} photographs in {root}/bucket, {len(HELD_OUT)} held out, {len(inbox)} files to upscale")
+
+
+def encoded(image: Image.Image, format: str, exif: Image.Exif | None = None) -> bytes:
+    """Return the image's bytes: lossless, but for JPEG."""
+    sink = io.BytesIO()
+    options: dict[str, Any] = {"quality": 95} if format == "JPEG" else {"lossless": True} if format == "WEBP" else {}
+    image.save(sink, format, **options, **({"exif": exif} if exif else {}))
+    return sink.getvalue()
+
+
+def report(root: Path) -> Path:
+    """Write one page of the evaluation and of what became of each file in the inbox; return its path."""
+    rows = pq.read_table(root / "evaluation" / "rows.parquet").to_pylist()
+    summary = json.loads((root / "evaluation" / "summary.json").read_text())
+    strips = [
+        (row["key"], (root / "evaluation" / "strips" / f"{i:02d}.png").read_bytes()) for i, row in enumerate(rows)
+    ]
+    ledger = [
+        {**row, "metrics": dict(row["metrics"]), **thumbnails(root, row)}
+        for row in Ledger(str(root / "outbox")).latest().to_pylist()
+    ]
+    run = json.loads((root / "run" / "run.json").read_text())["summary"]
+    manifest = json.loads((root / "pairs" / "manifest.json").read_text())
+    page = write_report(
+        title="DiffSR demo: a model trained from an archive, and what it made of an inbox",
+        methods=["bicubic", "regression", "model"],
+        metrics=summary["metrics"],
+        rows=rows,
+        strips=strips,
+        ledger=ledger,
+        provenance={
+            "training data": f"{len(ARCHIVE)} photographs, {manifest['pairs']['train']} pairs, "
+            f"digest {manifest['digest'][:16]}",
+            "training": f"{run['inputs']} steps on two workers, {run['seconds']:.0f} s with Ray's start",
+            "scored on": f"{len(rows)} photographs that the training never saw; crops are their most detailed squares",
+            "model": f"{run['outputs'][-1]}, {json.loads((root / 'run/model/config.json').read_text())['digest'][:16]}",
+        },
+    )
+    storage.publish(root / "report.html", page.encode())
+    return root / "report.html"
+
+
+def thumbnails(root: Path, row: dict[str, Any]) -> dict[str, bytes]:
+    """Return small PNGs of a done asset, before and after."""
+    if row["status"] != "done":
+        return {}
+    found = {}
+    for name, path in (("thumb_in", root / "inbox" / row["key"]), ("thumb_out", root / "outbox" / row["out_key"])):
+        image = ImageOps.exif_transpose(Image.open(path))
+        image.thumbnail((320, 320) if name == "thumb_out" else (160, 160))
+        found[name] = encoded(image.convert("RGBA" if "A" in image.mode else "RGB"), "PNG")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The five jobs, seen from the command line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import cli
+from tests.jobs.conftest import ROOT, script
+
+
+def line(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("job", cli.JOBS)
+def test_help_names_every_flag_of_the_contract(job: str) -> None:
+    shown = line(*script(job, "--help"))
+    assert shown.returncode == 0 and not shown.stderr
+    contract = {
+        "make_pairs": "--source --output --scale --degradation --patch",
+        "train": "--pairs --preset --output --steps --batch-size --num-workers --register",
+        "evaluate": "--model --dataset --baselines --output",
+        "promote": "--model --challenger --dataset --rollback",
+        "upscale": "--source --output --model --sampler --steps --num-workers --batch-size --seed",
+    }
+    for flag in [*contract[job].split(), "--config", "--print-config", "--dry-run"]:
+        assert flag in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("job", "words", "pieces"),
+    [
+        ("make_pairs", "--source a --output b --patch 65", ["patch (65)", "multiple of scale (4)", "use 64"]),
+        ("train", "--pairs a --output b --preset nano", ["preset ('nano')", "nano-x4"]),
+        ("train", "--pairs a --output b --stepps 3", ["--stepps"]),
+        ("evaluate", "--model a --dataset b --output c --baselines bicubic,best", ["baselines ('best')", "regression"]),
+        ("promote", "--model a", ["dataset (None) must be given", "--dataset URI"]),
+        ("upscale", "--source a --output b --halo 32", ["halo (32)", "tile (64)"]),
+        ("upscale", "--source a", ["output"]),
+        ("upscale", "improve --source a --output b", ["verb ('improve')", "retry-failed"]),
+    ],
+)
+def test_a_bad_argument_names_itself_its_rule_and_the_remedy(job: str, words: str, pieces: list[str]) -> None:
+    done = line(*script(job, *words.split()))
+    assert done.returncode == 2 and not done.stdout
+    assert "Traceback" not in done.stderr
+    for piece in pieces:
+        assert piece in done.stderr
+
+
+def test_a_flag_wins_over_the_file_and_the_printed_config_reads_back(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("source: s3://a/b\noutput: out\nsteps: 5\nseed: 3\n")
+    shown = line(*script("upscale", "--config", file, "--steps", 6, "--print-config"))
+    assert shown.returncode == 0
+    assert (yaml.safe_load(shown.stdout)["steps"], yaml.safe_load(shown.stdout)["seed"]) == (6, 3)
+    file.write_text(shown.stdout)
+    assert line(*script("upscale", "--config", file, "--print-config")).stdout == shown.stdout
+
+
+def test_the_console_command_is_the_same_jobs() -> None:
+    command = str(Path(sys.executable).parent / "diffsr")
+    shown = line(command, "--help")
+    assert shown.returncode == 0
+    for verb in ("pairs", "train", "evaluate", "promote", "upscale"):
+        assert f"\n  {verb} " in shown.stdout
+    ours = line(command, "upscale", "--help").stdout.replace("diffsr upscale", "upscale.py")
+    assert ours == line(*script("upscale", "--help")).stdout
+    assert line(command, "improve").returncode == 2
+
+
+def test_relative_paths_and_references_are_anchored_where_they_were_typed() -> None:
+    config = cli.anchor(cli.parse("upscale", ["--source", "in", "--output", "s3://b/out", "--model", "run/model"]))
+    assert (config.source, config.output) == (str(Path.cwd() / "in"), "s3://b/out")
+    assert config.model == str(Path.cwd() / "run" / "model")
+    assert cli.anchor(cli.parse("upscale", ["--source", "a", "--output", "b"])).model == "models:/diffsr@champion"
+
+
+def test_every_job_file_is_a_few_lines_and_names_a_known_job() -> None:
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == set(cli.JOBS)
+    assert all(len(path.read_text().splitlines()) < 20 for path in (ROOT / "jobs").glob("*.py"))

@@ -1,0 +1,101 @@
+"""The laws of the pairs job."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.ledger import Ledger
+from tests.jobs.conftest import PAIRS_FLAGS, Ran, photograph, png, run, run_until_killed, tree
+
+
+def test_every_input_is_accounted_for_and_a_rotten_one_has_a_reason(archive: Path, pairs: Path) -> None:
+    rows = {row["key"]: row for row in Ledger(str(pairs)).latest().to_pylist()}
+    assert set(rows) == {path.name for path in archive.iterdir()}
+    dead = [row for row in rows.values() if row["status"] == "dead"]
+    assert [(row["key"], row["stage"], row["reason"]) for row in dead] == [("rotten.png", "decode", "truncated")]
+
+
+def test_a_rerun_changes_no_byte_and_says_so(archive: Path, pairs: Path, call: Callable[..., Ran]) -> None:
+    before = tree(pairs)
+    again = call("make_pairs", "--source", archive, "--output", pairs, "--engine", "local", *PAIRS_FLAGS)
+    assert again.code == 0
+    assert (again.summary["inputs"], again.summary["unchanged"]) == (0, 7)
+    assert "nothing to do" in again.stderr
+    assert tree(pairs) == before
+
+
+def test_a_dry_run_counts_and_writes_nothing(archive: Path, tmp_path: Path, call: Callable[..., Ran]) -> None:
+    output = tmp_path / "set"
+    planned = call("make_pairs", "--source", archive, "--output", output, "--dry-run", *PAIRS_FLAGS)
+    assert (planned.code, planned.summary["status"], planned.summary["inputs"]) == (0, "planned", 7)
+    assert not output.exists()
+
+
+def test_killed_and_started_again_it_leaves_the_set_of_a_clean_run(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for index in range(24):
+        (source / f"{index:02d}.png").write_bytes(png(photograph("astronaut.png", 96 + 8 * index)))
+    flags = ["--source", source, "--engine", "local", "--unit-megabytes", "0.05", *PAIRS_FLAGS]
+    clean, killed = tmp_path / "clean", tmp_path / "killed"
+    assert run("make_pairs", "--output", clean, *flags).code == 0
+    run_until_killed("make_pairs", "--output", killed, *flags, when=lambda: len(list(killed.glob("data/*"))) >= 2)
+    assert not (killed / "manifest.json").exists()
+    again = run("make_pairs", "--output", killed, *flags)
+    assert again.code == 0, again.stderr
+    assert "interrupted plan is continued" in again.stderr
+    assert tree(killed) == tree(clean)
+
+
+def test_ray_and_a_plain_loop_make_the_same_bytes(archive: Path, pairs: Path, tmp_path: Path) -> None:
+    # Other units than the fixture's one: the shards differ, the pairs must not.
+    flags = ["--unit-megabytes", "0.02", *PAIRS_FLAGS]
+    on_ray = run("make_pairs", "--source", archive, "--output", tmp_path / "ray", "--num-workers", 2, *flags)
+    assert on_ray.code == 0, on_ray.stderr
+    alone = run("make_pairs", "--source", archive, "--output", tmp_path / "local", "--engine", "local", *flags)
+    assert alone.code == 0, alone.stderr
+    assert len(list((tmp_path / "ray" / "data").iterdir())) > 1
+    assert tree(tmp_path / "ray") == tree(tmp_path / "local")
+    ids = [
+        pq.read_table(path, columns=["pair_id"])["pair_id"].to_pylist() for path in (tmp_path / "ray/data").iterdir()
+    ]
+    one = [pq.read_table(path, columns=["pair_id"])["pair_id"].to_pylist() for path in (pairs / "data").iterdir()]
+    assert sorted(sum(ids, [])) == sorted(sum(one, []))
+
+
+def test_a_systematic_failure_exceeds_the_budget_and_exits_3(tmp_path: Path, call: Callable[..., Ran]) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "good.png").write_bytes(png(photograph("coffee.png")))
+    for index in range(3):
+        (source / f"{index}.png").write_bytes(b"<html>not found</html>")
+    failed = call("make_pairs", "--source", source, "--output", tmp_path / "set", "--engine", "local", *PAIRS_FLAGS)
+    assert failed.code == 3
+    assert (failed.summary["status"], failed.summary["dead"]) == ("failed", 3)
+    assert "max_dead_share (0.2)" in failed.stderr
+
+
+def test_another_recipe_is_refused_and_the_set_stays(archive: Path, pairs: Path, call: Callable[..., Ran]) -> None:
+    before = json.loads((pairs / "manifest.json").read_text())["digest"]
+    flags = [*PAIRS_FLAGS, "--degradation", "bilinear"]
+    refused = call("make_pairs", "--source", archive, "--output", pairs, "--engine", "local", *flags)
+    assert refused.code == 1
+    assert "degradation=bicubic" in refused.stderr and "another --output" in refused.stderr
+    assert json.loads((pairs / "manifest.json").read_text())["digest"] == before
+
+
+@pytest.mark.parametrize("broken", ["missing", "empty"])
+def test_a_source_without_images_is_said_clearly(tmp_path: Path, call: Callable[..., Ran], broken: str) -> None:
+    source = tmp_path / "source"
+    if broken == "empty":
+        source.mkdir()
+    done = call("make_pairs", "--source", source, "--output", tmp_path / "set", "--engine", "local", *PAIRS_FLAGS)
+    if broken == "missing":
+        assert done.code == 1 and str(source) in done.stderr
+    else:
+        assert done.code == 0 and done.summary["inputs"] == 0
+    shutil.rmtree(tmp_path / "set", ignore_errors=True)
