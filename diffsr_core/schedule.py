@@ -46,12 +46,12 @@ class Schedule:
     def alphas_cumprod(self) -> Table:
         """(T,) float64, strictly falling from nearly 1 to nearly 0."""
         betas = (cosine_betas if self.name == "cosine" else linear_betas)(self.num_timesteps)
-        return np.cumprod(1 - betas)
+        return np.cumprod(1 - betas, dtype=np.float64)
 
     @property
     def noise_levels(self) -> Table:
         """(T,) float64: sqrt(alphas_cumprod)."""
-        levels: Table = np.asarray(np.sqrt(self.alphas_cumprod), np.float64)  # type: ignore[assignment]
+        levels: Table = self.alphas_cumprod**0.5
         return levels
 
 

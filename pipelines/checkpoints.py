@@ -54,7 +54,11 @@ def newest_files(output: str) -> dict[str, bytes] | None:
         if STATE not in found:
             say(f"train: checkpoint {step} was cut short and is passed over")
             continue
-        hashes = json.loads(found[STATE])["sha256"]
+        try:
+            hashes = json.loads(found[STATE])["sha256"]
+        except (ValueError, KeyError, TypeError):
+            say(f"train: checkpoint {step} is damaged ({STATE}) and is passed over")
+            continue
         bad = [name for name, sha256 in hashes.items() if storage.digest_bytes(found.get(name, b"")) != sha256]
         if not bad:
             return found

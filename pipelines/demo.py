@@ -54,11 +54,12 @@ def main() -> None:
     started = time.monotonic()
     prepare(root)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root}/mlflow.db"
-    job("make_pairs", "--source", root / "bucket", "--output", root / "pairs", "--patch", 64, "--min-deviation", 4,
-        "--max-per-image", 200, "--val-share", 0.225, "--test-share", 0, "--unit-megabytes", 1, "--num-workers", 2)  # fmt: skip
-    trained = job("train", "--pairs", root / "pairs", "--output", root / "run", "--preset", "nano-x4", "--encoder-steps",
-                  options.encoder_steps, "--steps", options.steps, "--precision", precision(), "--num-workers", 2,
-                  "--cpus-per-worker", 0.5, "--register", "diffsr")  # fmt: skip
+    pairs = ["--patch", 64, "--min-deviation", 4, "--max-per-image", 200, "--val-share", 0.225, "--test-share", 0]
+    job("make_pairs", "--source", root / "bucket", "--output", root / "pairs", *pairs,
+        "--unit-megabytes", 1, "--num-workers", 2)  # fmt: skip
+    recipe = ["--preset", "nano-x4", "--encoder-steps", options.encoder_steps, "--steps", options.steps]
+    trained = job("train", "--pairs", root / "pairs", "--output", root / "run", *recipe, "--precision", precision(),
+                  "--num-workers", 2, "--cpus-per-worker", 0.5, "--register", "diffsr")  # fmt: skip
     version = trained["outputs"][-1].rpartition("/")[2]
     job("evaluate", "--model", f"models:/diffsr/{version}", "--dataset", root / "held-out", "--output",
         root / "evaluation", *SAMPLING)  # fmt: skip

@@ -46,8 +46,8 @@ def progress(items: Iterable[T], *, total: int, label: str) -> Iterator[T]:
 def cluster(*, num_cpus: int) -> Iterator[None]:
     """Connect to the cluster that RAY_ADDRESS names (a submitted job), else start a private Ray, for the body only.
 
-    num_cpus: logical CPUs that the job needs, data workers included. A cluster with fewer is refused at once with a
-    ValueError: Ray would wait for ever.
+    num_cpus: logical CPUs that the job needs, data workers included. A private Ray gets that many; a cluster that has
+    fewer may be about to grow, so the wait is said, and Ray ends it after half an hour without progress.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -59,10 +59,7 @@ def cluster(*, num_cpus: int) -> Iterator[None]:
         ray.init(logging_level=logging.ERROR)
         available = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
         if available < num_cpus:
-            ray.shutdown()
-            raise ValueError(
-                f"num_workers needs {num_cpus} CPUs (one is for Ray Data) and the cluster has {available}; lower it"
-            )
+            say(f"the cluster has {available} of the {num_cpus} CPUs that this needs: it waits until the cluster grows")
     else:
         ray.init(
             address="local",
@@ -98,6 +95,7 @@ def run_units(
     arguments: dict[str, Any],
     engine: str,
     num_workers: int,
+    use_gpu: bool = False,
 ) -> Iterator[list[Receipt]]:
     """Yield the receipts of each unit as it ends. make: a worker class; arguments: its plain keyword arguments."""
     if engine == "local":
@@ -107,12 +105,12 @@ def run_units(
         return
     rows = [{"index": index} for index in indices]
     fields = {"make": make, "arguments": arguments, "plan_uri": plan.uri}
-    for row in map_actors(rows, UnitActor, fields, num_workers=num_workers):
+    for row in map_actors(rows, UnitActor, fields, num_workers=num_workers, use_gpu=use_gpu):
         yield [Receipt(**receipt) for receipt in json.loads(row["receipts"])]
 
 
 def map_actors(
-    rows: list[dict[str, Any]], actor: type, arguments: dict[str, Any], *, num_workers: int
+    rows: list[dict[str, Any]], actor: type, arguments: dict[str, Any], *, num_workers: int, use_gpu: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows that a pool of Ray Data actors makes of `rows`, one block each, as they end.
 
@@ -127,5 +125,6 @@ def map_actors(
             fn_constructor_kwargs=arguments,
             compute=ray.data.ActorPoolStrategy(size=size),
             num_cpus=1,
+            num_gpus=1 if use_gpu else None,
         )
         yield from mapped.iter_rows()

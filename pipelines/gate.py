@@ -70,8 +70,10 @@ def judge(
         ]
     else:
         by_key = {row["key"]: row for row in champion if not row["reason"]}
-        missing = [row["key"] for row in scored if row["key"] not in by_key]
-        checks.append(Check("same images", not missing, f"{len(missing)} images have no champion score"))
+        missing = sum(row["key"] not in by_key for row in scored)
+        extra = len(by_key.keys() - {row["key"] for row in challenger})
+        text = f"{missing} images have no champion score, {extra} no row of the challenger"
+        checks.append(Check("same images", not missing and not extra, text))
         if missing:
             return Verdict(checks=tuple(checks))
         other = [dict(by_key[row["key"]]) for row in scored]

@@ -1,12 +1,14 @@
 """The right to write one output: `<output>/_diffsr/lease.json` and one file per fence under `fences/`.
 
-A run creates the next fence file (create-if-absent decides a race) and renews lease.json while it lives. A lease that
-is not renewed in time is dead, and at once when its process was on this machine and is gone. A newer fence shuts an
-older holder out: it asks `check` before each write to the ledger.
+A run creates the next fence file (create-if-absent decides a race) and renews lease.json while it lives. Both hold the
+same document; lease.json counts when it is of the newest fence, otherwise the holder of that fence is just entering.
+A lease that is not renewed in time is dead, and at once when its process was on this machine and is gone. A newer
+fence shuts an older holder out: it asks `check` before each write to the ledger.
 """
 
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -14,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from pipelines import storage
+from pipelines.engine import say
 
 
 class LeaseHeld(RuntimeError):
@@ -30,20 +33,26 @@ class Lease:
         self.root = storage.join(output, "_diffsr")
         self.run_id, self.expiry_s = run_id, expiry_s
         self.fence = 0
+        self._uri = storage.join(self.root, "lease.json")
+        self._token = secrets.token_hex(8)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "Lease":
+        # The fence before the holder: whoever enters between the two has created the very fence that we then ask for.
+        newest = self._newest()
         held = self.holder()
         if held is not None:
             raise LeaseHeld(
                 f"output ({self.root}) is held by run {held['run_id']} on {held['host']}, process {held['pid']}; "
                 f"wait for it to end (its lease runs {held['expires'] - time.time():.0f} s unless renewed)"
             )
-        self.fence = self._newest() + 1
-        if not storage.create(storage.join(self.root, "fences", f"{self.fence:010d}"), self.run_id.encode()):
+        self.fence = newest + 1
+        document = self._document(expires=time.time() + self.expiry_s)
+        # False may come from our own request, sent again after a lost answer (S3): then what is there is ours.
+        if not storage.create(self._fence_uri(self.fence), document) and self._read(self.fence) != document:
             raise LeaseHeld(f"output ({self.root}) was taken by another run at this moment; wait for it to end")
-        self._write(expires=time.time() + self.expiry_s)
+        storage.publish(self._uri, document)
         self._thread.start()
         return self
 
@@ -51,14 +60,16 @@ class Lease:
         self._stop.set()
         self._thread.join()
         if self._newest() == self.fence:
-            self._write(expires=0.0)
+            storage.publish(self._uri, self._document(expires=0.0))
 
     def holder(self) -> dict[str, Any] | None:
         """Return the document of a live lease, or None."""
-        uri = storage.join(self.root, "lease.json")
-        if not storage.exists(uri):
+        newest = self._newest()
+        if not newest:
             return None
-        document: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        document: dict[str, Any] = json.loads(storage.read_bytes(self._uri)) if storage.exists(self._uri) else {}
+        if document.get("fence") != newest:
+            document = json.loads(self._read(newest))
         if document["expires"] <= time.time():
             return None
         here = document["host"] == socket.gethostname()
@@ -72,21 +83,31 @@ class Lease:
     def _newest(self) -> int:
         return max(map(int, storage.list_names(storage.join(self.root, "fences"))), default=0)
 
-    def _write(self, *, expires: float) -> None:
+    def _fence_uri(self, fence: int) -> str:
+        return storage.join(self.root, "fences", f"{fence:010d}")
+
+    def _read(self, fence: int) -> bytes:
+        return storage.read_bytes(self._fence_uri(fence))
+
+    def _document(self, *, expires: float) -> bytes:
         document = {
             "run_id": self.run_id,
             "fence": self.fence,
             "expires": expires,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "token": self._token,
         }
-        storage.publish(storage.join(self.root, "lease.json"), json.dumps(document).encode())
+        return json.dumps(document).encode()
 
     def _beat(self) -> None:
         while not self._stop.wait(self.expiry_s / 4):
-            if self._newest() != self.fence:
-                return
-            self._write(expires=time.time() + self.expiry_s)
+            try:
+                if self._newest() != self.fence:
+                    return
+                storage.publish(self._uri, self._document(expires=time.time() + self.expiry_s))
+            except OSError as error:  # a store that is away for a moment must not end the renewal for good
+                say(f"lease: {self._uri} could not be renewed and is tried again: {error}")
 
 
 def _alive(pid: int) -> bool:

@@ -9,7 +9,7 @@ The object is written before its receipt. A kill between the two redoes an idemp
 import io
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -89,7 +89,7 @@ class Ledger:
 
     def append(self, receipts: Sequence[Receipt], *, fence: int, number: int) -> None:
         """Write one segment. Its name is (fence, number), so two writers can never write the same one."""
-        columns = {name: [asdict(r)[name] for r in receipts] for name in RECEIPT_SCHEMA.names if name != "metrics"}
+        columns = {name: [getattr(r, name) for r in receipts] for name in RECEIPT_SCHEMA.names if name != "metrics"}
         columns["metrics"] = [list(r.metrics.items()) for r in receipts]
         table = pa.table([pa.array(columns[f.name], f.type) for f in RECEIPT_SCHEMA], schema=RECEIPT_SCHEMA)
         sink = io.BytesIO()
@@ -98,12 +98,17 @@ class Ledger:
 
 
 def list_table(source: str, *, suffixes: frozenset[str] | None = None) -> pa.Table:
-    """Return (key, etag, size) of every object below the source; it never holds them as Python objects all at once."""
+    """Return (key, etag, size) of every object below the source; it never holds them as Python objects all at once.
+
+    A local name that is not UTF-8 is listed with its bytes escaped (`\\udcff`), as Parquet could not hold it: reading
+    it then ends in a dead letter of its own, and the job goes on.
+    """
     batches = []
     buffer: list[storage.StoredObject] = []
 
     def flush() -> None:
-        columns = [[o.key for o in buffer], [o.etag for o in buffer], [o.size for o in buffer]]
+        keys = [o.key.encode(errors="backslashreplace").decode() for o in buffer]
+        columns = [keys, [o.etag for o in buffer], [o.size for o in buffer]]
         arrays = [pa.array(c, f.type) for c, f in zip(columns, LISTING_SCHEMA, strict=True)]
         batches.append(pa.record_batch(arrays, schema=LISTING_SCHEMA))
         buffer.clear()
@@ -150,7 +155,7 @@ def pack(work: pa.Table, *, recipe: str, model: str, unit_bytes: int) -> Iterato
 
 
 class Plan:
-    """A persisted plan: its URI, the unit ids by row group, and what it was made for."""
+    """A persisted plan: its URI, the unit ids by row group, what it was made for, and the fence of who made it."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -158,6 +163,7 @@ class Plan:
         self.file = pq.ParquetFile(io.BytesIO(data))
         metadata = self.file.schema_arrow.metadata or {}
         self.recipe, self.model = metadata[b"recipe"].decode(), metadata[b"model"].decode()
+        self.fence = int(metadata[b"fence"])
 
     @property
     def num_units(self) -> int:
@@ -179,10 +185,14 @@ class Plan:
         return [self.file.read_row_group(i, columns=["unit_id"])["unit_id"][0].as_py() for i in range(self.num_units)]
 
 
-def save_plan(ledger: Ledger, units: Iterable[pa.Table], *, recipe: str, model: str) -> Plan:
-    """Write a plan, one row group per unit, and return it. The name is random: a plan is found by listing."""
+def save_plan(ledger: Ledger, units: Iterable[pa.Table], *, recipe: str, model: str, fence: int) -> Plan:
+    """Write a plan, one row group per unit, and return it. The name is random: a plan is found by listing.
+
+    fence: of the lease that it is made under. Only receipts from then on tell which of its units are done, as after
+    a -> b -> a a unit has the id of one that was done long ago.
+    """
     sink = io.BytesIO()
-    schema = PLAN_SCHEMA.with_metadata({"recipe": recipe, "model": model})
+    schema = PLAN_SCHEMA.with_metadata({"recipe": recipe, "model": model, "fence": str(fence)})
     with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
         for unit in units:
             writer.write_table(unit.cast(PLAN_SCHEMA).replace_schema_metadata(schema.metadata))

@@ -7,9 +7,9 @@ was replaced is listed under its old shard's `dropped_sources`.
 import hashlib
 import io
 import json
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from pipelines import storage
 from pipelines.images import decode_lossless
 
 FORMAT = 1
+Group = tuple[int, int]  # number of the shard, number of the row group in it
 SPLITS = ("train", "val", "test")
 PAIR_SCHEMA = pa.schema(
     [
@@ -61,8 +62,11 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """The name of exactly this data: sha256 of the recipe and every shard's hash and dropped sources."""
-        parts = [[s.name, s.sha256, sorted(s.dropped_sources)] for s in sorted(self.shards, key=lambda s: s.name)]
+        """The name of exactly this data: sha256 of the recipe and all that is said of each shard."""
+        parts = [
+            [s.name, s.bytes, s.sha256, s.splits, sorted(s.dropped_sources)]
+            for s in sorted(self.shards, key=lambda s: s.name)
+        ]
         return hashlib.sha256(json.dumps([self.recipe, parts], sort_keys=True).encode()).hexdigest()
 
     def num_pairs(self, split: str) -> int:
@@ -104,12 +108,15 @@ class PairReader:
         self.num_pairs = manifest.num_pairs(split)
         if not self.num_pairs:
             raise ValueError(f"split ({split}) of {pairs} must hold pairs; it holds none: add sources or other shares")
-        self._groups: list[tuple[int, int]] = []
-        self._files: dict[int, pq.ParquetFile] = {}
-        for index in range(len(self.shards)):
-            self._groups += [(index, group) for group in range(self._file(index).num_row_groups)]
-        self._cache: OrderedDict[tuple[int, int], list[tuple[bytes, bytes]]] = OrderedDict()
-        self._order: tuple[int, list[tuple[tuple[int, int], int]]] | None = None
+        # Each shard is read once, whole, for its hash and the row numbers that count; then row group by row group.
+        self._index: dict[Group, list[int]] = {}
+        for number, shard in enumerate(self.shards):
+            file = _open_shard(pairs, shard)
+            for group in range(file.num_row_groups):
+                self._index[number, group] = self._rows_that_count(file, group, shard)
+        self._open = lru_cache(maxsize=8)(self._open_lazily)
+        self._blobs = lru_cache(maxsize=2 * window_groups)(self._read_blobs)
+        self._order: tuple[int, list[tuple[Group, int]]] | None = None
 
     def pair(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (hr, lr) uint8 HWC of the sequence's element `position`; grey stays (H, W, 1)."""
@@ -117,7 +124,7 @@ class PairReader:
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, self._epoch_order(epoch))
         group, row = self._order[1][within]
-        hr, lr = self._rows(group)[row]
+        hr, lr = self._blobs(group)[row]
         return decode_lossless(hr), decode_lossless(lr)
 
     def batch(self, positions: range) -> tuple[np.ndarray, np.ndarray]:
@@ -126,46 +133,43 @@ class PairReader:
         hr, lr = ([np.broadcast_to(x, (*x.shape[:2], 3)) for x in side] for side in zip(*rows, strict=True))
         return np.stack(hr), np.stack(lr)
 
-    def _epoch_order(self, epoch: int) -> list[tuple[tuple[int, int], int]]:
+    def _epoch_order(self, epoch: int) -> list[tuple[Group, int]]:
         generator = np.random.default_rng([self.seed, epoch])
-        groups = [self._groups[i] for i in generator.permutation(len(self._groups))]
-        order: list[tuple[tuple[int, int], int]] = []
+        groups = list(self._index)
+        groups = [groups[i] for i in generator.permutation(len(groups))]
+        order: list[tuple[Group, int]] = []
         for start in range(0, len(groups), self.window_groups):
-            window = [(g, row) for g in groups[start : start + self.window_groups] for row in range(len(self._rows(g)))]
+            window = [(g, row) for g in groups[start : start + self.window_groups] for row in self._index[g]]
             order += [window[i] for i in generator.permutation(len(window))]
         return order
 
-    def _file(self, index: int) -> pq.ParquetFile:
-        if index not in self._files:
-            shard = self.shards[index]
-            data = storage.read_bytes(storage.join(self.pairs, shard.name))
-            if storage.digest_bytes(data) != shard.sha256:
-                raise ValueError(f"shard ({shard.name}) must have sha256 {shard.sha256}; it was altered: make it again")
-            self._files[index] = pq.ParquetFile(io.BytesIO(data))
-        return self._files[index]
+    def _rows_that_count(self, file: pq.ParquetFile, group: int, shard: Shard) -> list[int]:
+        columns = file.read_row_group(group, columns=["split", "source_key"]).to_pydict()
+        dropped = set(shard.dropped_sources)
+        rows = enumerate(zip(columns["split"], columns["source_key"], strict=True))
+        return [row for row, (split, key) in rows if split == self.split and key not in dropped]
 
-    def _rows(self, group: tuple[int, int]) -> list[tuple[bytes, bytes]]:
-        if group in self._cache:
-            self._cache.move_to_end(group)
-            return self._cache[group]
-        dropped = set(self.shards[group[0]].dropped_sources)
-        table = self._file(group[0]).read_row_group(group[1], columns=["hr", "lr", "split", "source_key"])
-        rows = [
-            (row["hr"], row["lr"])
-            for row in table.to_pylist()
-            if row["split"] == self.split and row["source_key"] not in dropped
-        ]
-        self._cache[group] = rows
-        while len(self._cache) > 2 * self.window_groups:
-            self._cache.popitem(last=False)
-        return rows
+    def _open_lazily(self, number: int) -> pq.ParquetFile:
+        handle = storage.open_file(storage.join(self.pairs, self.shards[number].name))
+        return pq.ParquetFile(handle, page_checksum_verification=True)
+
+    def _read_blobs(self, group: Group) -> list[tuple[bytes, bytes]]:
+        columns = self._open(group[0]).read_row_group(group[1], columns=["hr", "lr"]).to_pydict()
+        return list(zip(columns["hr"], columns["lr"], strict=True))
 
 
 def iter_pairs(pairs: str, manifest: Manifest, split: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a split in stored order, blobs still encoded: for evaluation."""
+    """Yield the rows of a split in stored order, blobs still encoded: for evaluation. Raises ValueError if altered."""
     for shard in sorted(manifest.shards, key=lambda s: s.name):
-        file = pq.ParquetFile(io.BytesIO(storage.read_bytes(storage.join(pairs, shard.name))))
+        file = _open_shard(pairs, shard)
         for group in range(file.num_row_groups):
             for row in file.read_row_group(group).to_pylist():
                 if row["split"] == split and row["source_key"] not in shard.dropped_sources:
                     yield row
+
+
+def _open_shard(pairs: str, shard: Shard) -> pq.ParquetFile:
+    data = storage.read_bytes(storage.join(pairs, shard.name))
+    if storage.digest_bytes(data) != shard.sha256:
+        raise ValueError(f"shard ({shard.name}) must have sha256 {shard.sha256}; it was altered: make it again")
+    return pq.ParquetFile(io.BytesIO(data))

@@ -42,15 +42,22 @@ def resolve(ref: str) -> ResolvedModel:
         entry = tracking.version_of(ref)
         path = tracking.download(entry)
         files = load_files(str(Path(path) / "artifacts" / "model"))
-        _, document = checkpoint.model_from_files(files)
         return ResolvedModel(
-            ref=ref, files=files, digest=document["digest"], name=entry.name, version=int(entry.version)
+            ref=ref, files=files, digest=_digest(ref, files), name=entry.name, version=int(entry.version)
         )
     files = load_files(ref)
     if not files:
         raise ValueError(f"model ({ref}) must be a folder with {checkpoint.CONFIG}; give one, or models:/NAME@ALIAS")
-    _, document = checkpoint.model_from_files(files)
-    return ResolvedModel(ref=ref, files=files, digest=document["digest"])
+    return ResolvedModel(ref=ref, files=files, digest=_digest(ref, files))
+
+
+def _digest(ref: str, files: Mapping[str, bytes]) -> str:
+    """Return the digest of files that make a whole model; raises ValueError for any others."""
+    try:
+        _, document = checkpoint.model_from_files(files)
+    except ValueError as error:
+        raise ValueError(f"model ({ref}) must be a whole model folder: {error}") from error
+    return str(document["digest"])
 
 
 def publish_model(model: ResolvedModel, output: str) -> str:

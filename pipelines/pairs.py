@@ -48,7 +48,9 @@ class PairsConfig:
     unit_megabytes: float = field(default=64.0, metadata={"group": "running"})
     """Source bytes in one unit of work, which becomes one Parquet file."""
     max_dead_share: float = 0.2
-    """Error budget: the job fails (exit 3) when more of its inputs are dead letters."""
+    """Error budget: the job fails (exit 3) when more of its inputs, and more than one, are dead letters."""
+    retry_failed: bool = False
+    """Also try dead letters again, once what made them has been mended."""
     engine: Literal["ray", "local"] = "ray"
     """Ray Data actors, or a plain loop in this process."""
     num_workers: int = 1
@@ -86,7 +88,8 @@ class PairsConfig:
 
     def recipe(self) -> dict[str, Any]:
         """Return the settings that decide the bytes of the set."""
-        running = ("source", "output", "unit_megabytes", "max_dead_share", "engine", "num_workers", "dry_run")
+        running = {"source", "output", "unit_megabytes", "max_dead_share", "retry_failed", "engine", "num_workers"}
+        running.add("dry_run")
         return {name: value for name, value in to_mapping(self).items() if name not in running}
 
 
@@ -100,6 +103,7 @@ def make_pairs(config: PairsConfig) -> Summary:
         recipe=fingerprint(recipe),
         unit_bytes=int(config.unit_megabytes * 2**20),
         max_dead_share=config.max_dead_share,
+        retry_dead=config.retry_failed,
     )
     _refuse_another_recipe(config.output, recipe)
     run_id = new_run_id("pairs")
@@ -149,24 +153,28 @@ def _refuse_another_recipe(output: str, recipe: dict[str, Any]) -> None:
 
 
 def build_manifest(ledger: Ledger, recipe: dict[str, Any]) -> Manifest:
-    """Return the manifest of what the ledger says is there now."""
+    """Return the manifest of what the ledger says is there now.
+
+    A source counts in the shard of its latest receipt; in the shards of its earlier ones it is dropped. A shard that
+    was made again is described by its latest receipts.
+    """
+    rows = [row for row in ledger.rows().to_pylist() if row["status"] == "done"]
     latest = {row["key"]: row for row in ledger.latest().to_pylist()}
-    shards: dict[str, Shard] = {}
-    for row in ledger.rows().to_pylist():
-        if row["status"] != "done":
-            continue
-        shard = shards.setdefault(
-            row["out_key"],
-            Shard(name=row["out_key"], bytes=row["out_bytes"], sha256=row["out_sha256"], splits={}),
-        )
+    made = {row["out_key"]: row for row in rows}
+    splits = {name: dict.fromkeys(SPLITS, 0) for name in made}
+    dropped: dict[str, set[str]] = {name: set() for name in made}
+    for row in rows:
         current = latest[row["key"]]
-        if current["status"] == "done" and current["out_key"] == row["out_key"]:
-            if current["order"] != row["order"]:
-                continue  # the same unit was done twice: count it once
+        if current["status"] != "done" or current["out_key"] != row["out_key"]:
+            dropped[row["out_key"]].add(row["key"])
+        elif current["order"] == row["order"]:
             for name, value in row["metrics"]:
                 split = name.removeprefix("pairs_")
                 if split in SPLITS:
-                    shard.splits[split] = shard.splits.get(split, 0) + int(value)
-        elif row["key"] not in shard.dropped_sources:
-            shard.dropped_sources.append(row["key"])
-    return Manifest(recipe=recipe, shards=[shard for shard in shards.values() if sum(shard.splits.values())])
+                    splits[row["out_key"]][split] += int(value)
+    shards = [
+        Shard(name=name, bytes=row["out_bytes"], sha256=row["out_sha256"], splits=splits[name],
+              dropped_sources=sorted(dropped[name]))
+        for name, row in made.items()
+    ]  # fmt: skip
+    return Manifest(recipe=recipe, shards=[shard for shard in shards if sum(shard.splits.values())])

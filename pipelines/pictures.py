@@ -4,11 +4,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from diffsr_core.metrics import lr_psnr
 from diffsr_core.upscaler import Upscaler, bicubic
 from pipelines import storage
-from pipelines.images import Picture, decode, encode, extension, output_format
+from pipelines.images import Picture, Refused, decode, encode, extension, output_format
 
 
 class UpscaledPicture(NamedTuple):
@@ -35,16 +36,30 @@ def upscale_picture(
     """
     picture = decode(data, max_pixels=max_pixels)
     scale = upscaler.model.config.scale
-    sr = upscaler(picture.pixels, digest=storage.digest_bytes(data)).sr
-    alpha = None if picture.alpha is None else bicubic(picture.alpha[:, :, None], scale)[:, :, 0]
     chosen = target_format(picture.format, format)
+    if picture.alpha is not None and chosen == "JPEG":
+        raise Refused("encode", "alpha", "JPEG cannot store its transparency; choose png, webp or tiff")
+    sr = _upscale(upscaler, picture.pixels, digest=storage.digest_bytes(data))
+    alpha = None if picture.alpha is None else bicubic(picture.alpha[:, :, None], scale)[:, :, 0]
     encoded = encode(replace(picture, pixels=sr, alpha=alpha, format=chosen), format=chosen, quality=quality)
     published = decode(encoded, max_pixels=sr.shape[0] * sr.shape[1])
+    lr = np.broadcast_to(picture.pixels, (*picture.pixels.shape[:2], published.pixels.shape[2]))  # WebP has no grey
     metrics = {
-        "lr_psnr": lr_psnr(picture.pixels, published.pixels, scale=scale),
+        "lr_psnr": lr_psnr(lr, published.pixels, scale=scale),
         "colour_drift": float(np.abs(means(published) - means(picture)).max()),
     }
     return UpscaledPicture(encoded, chosen, picture.format, metrics)
+
+
+def _upscale(upscaler: Upscaler, pixels: np.ndarray[Any, Any], *, digest: str) -> np.ndarray[Any, Any]:
+    """Return the SR pixels; what does not fit into memory is Refused (law 3), never tried in another shape."""
+    try:
+        return upscaler(pixels, digest=digest).sr
+    except (MemoryError, RuntimeError) as error:
+        # torch has a type of its own for CUDA only; on a CPU it is a RuntimeError with these words.
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise Refused("upscale", "oom", str(error)[:300]) from error
+        raise
 
 
 def means(picture: Picture) -> np.ndarray[Any, Any]:

@@ -17,7 +17,8 @@ class ServedUpscaler(PythonModel):
     def load_context(self, context: Any) -> None:
         """Load the model folder; refuses a damaged one."""
         model, _ = load_model(Path(context.artifacts["model"]))
-        self.upscaler = Upscaler(model, SamplingRecipe())
+        # One image at a time: the nightly job's batch of large windows would compute mostly padding.
+        self.upscaler = Upscaler(model, SamplingRecipe(tile=32, micro_batch=1))
 
     def predict(self, context: Any, model_input: list[bytes], params: dict[str, Any] | None = None) -> list[bytes]:
         """Return each image upscaled, in its own format. Raises Refused (with a reason) for what is not an image."""

@@ -100,6 +100,12 @@ def read_bytes(uri: Uri) -> bytes:
     return Path(path).read_bytes() if isinstance(filesystem, LocalFileSystem) else filesystem.cat_file(path)
 
 
+def open_file(uri: Uri) -> IO[bytes]:
+    """Return an object opened for reading at any place of it. Raises FileNotFoundError."""
+    filesystem, path = open_filesystem(uri)
+    return open(path, "rb") if isinstance(filesystem, LocalFileSystem) else filesystem.open(path, "rb")
+
+
 def size(uri: Uri) -> int | None:
     """Return the size of an object in bytes, None where there is none (a folder is none)."""
     filesystem, path = open_filesystem(uri)

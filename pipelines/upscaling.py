@@ -60,13 +60,15 @@ class UpscaleConfig:
     unit_megabytes: float = 8.0
     """Source bytes in one unit of work."""
     max_dead_share: float = 0.2
-    """Error budget: the job fails (exit 3) when more of its inputs are dead letters."""
+    """Error budget: the job fails (exit 3) when more of its inputs, and more than one, are dead letters."""
     limit: int | None = None
     """Do at most this many assets."""
     engine: Literal["ray", "local"] = "ray"
     """Ray Data actors, or a plain loop in this process."""
     num_workers: int = 1
     """Upscaling actors, one CPU each."""
+    use_gpu: bool = False
+    """One GPU per actor."""
     delete: bool = False
     """gc: really delete; without it gc only lists."""
     dry_run: bool = False
@@ -129,7 +131,7 @@ def upscale(config: UpscaleConfig, *, verb: str = "run") -> Summary:
         ahead = forecast(work)
         say(f"upscale: {ahead.todo} of {ahead.listed} assets are new or changed, {ahead.todo_bytes / 1e6:.1f} MB")
         return Summary(job="upscale", run_id="none", status="planned", inputs=ahead.todo,
-                       unchanged=ahead.listed - ahead.todo)  # fmt: skip
+                       unchanged=ahead.unchanged)  # fmt: skip
     run_id = new_run_id("upscale")
     with Lease(config.output, run_id=run_id) as lease:
         outcome = run(
@@ -143,9 +145,11 @@ def upscale(config: UpscaleConfig, *, verb: str = "run") -> Summary:
                 "sampling": asdict(config.sampling()),
                 "recipe": recipe,
                 "in_flight": config.batch_size,
+                "device": "cuda" if config.use_gpu else "cpu",
             },
             engine=config.engine,
             num_workers=config.num_workers,
+            use_gpu=config.use_gpu,
             run_id=run_id,
             lease=lease,
             label="upscale",
@@ -235,9 +239,10 @@ class UpscaleWorker:
         sampling: dict[str, Any],
         recipe: dict[str, Any],
         in_flight: int,
+        device: str,
     ) -> None:
         network, _ = model_from_files(load_files(model_uri))
-        self.upscaler = Upscaler(network, SamplingRecipe(**sampling), in_flight=in_flight)
+        self.upscaler = Upscaler(network, SamplingRecipe(**sampling), device=device, in_flight=in_flight)
         self.source, self.output, self.model, self.recipe = source, output, model_name, recipe
         self.fingerprint = fingerprint(recipe)
 
@@ -264,6 +269,8 @@ class UpscaleWorker:
             max_pixels=int(self.recipe["max_megapixels"] * 1e6),
         )
         key = output_key(row["key"], result.source_format, self.recipe["format"])
+        if key != row["key"] and storage.exists(storage.join(self.source, key)):
+            raise Refused("publish", "key_taken", f"its result would be {key}, which is a source itself; rename one")
         sha256 = storage.digest_bytes(result.data)
         sidecar = {
             "source": {"key": row["key"], "etag": row["etag"], "sha256": storage.digest_bytes(data)},

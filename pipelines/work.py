@@ -43,9 +43,11 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a run would do: assets listed, to do (new or changed), and their bytes; rows is the work itself."""
+    """What a run would do: assets listed, unchanged (the ledger has them), to do (new or changed, within the limit),
+    and their bytes; rows is the work itself."""
 
     listed: int
+    unchanged: int
     todo: int
     todo_bytes: int
     rows: pa.Table
@@ -65,27 +67,40 @@ class Outcome:
 
 def read_source(source: str, row: dict[str, Any]) -> bytes:
     """Return the bytes of a planned asset. Raises Refused when the store does not give what was listed."""
-    uri = storage.join(source, row["key"])
+    key = row["key"]
     try:
+        uri = storage.join(source, key)
         return storage.read_listed(uri, row["etag"])
     except FileNotFoundError:
+        if "\\udc" in key:  # as list_table wrote it
+            raise Refused("read", "name_not_utf8", f"{uri}: its name is no UTF-8; rename it") from None
         raise Refused("read", "missing", f"{uri} was listed and is gone") from None
     except storage.Changed as error:
         raise Refused("read", "source_changed", f"{error}; the next run takes the new content") from None
     except OSError as error:
         raise Refused("read", "io_error", f"{uri}: {error}") from None
+    except ValueError as error:  # a key that storage does not take, as S3 allows "a/../b"
+        raise Refused("read", "bad_name", str(error)) from None
 
 
-def forecast(work: Work) -> Forecast:
-    """List the source and return what is not accounted for. Writes nothing."""
-    listing = list_table(work.source, suffixes=work.suffixes)
-    rows = difference(
-        listing, Ledger(work.output).latest(), recipe=work.recipe, model=work.model, retry_dead=work.retry_dead
-    )
+def forecast(work: Work, *, fence: int | None = None) -> Forecast:
+    """List the source and return what is not accounted for. Writes nothing.
+
+    fence: of the run that asks; what it has already done itself does not count as unchanged.
+    """
+    listing, latest = list_table(work.source, suffixes=work.suffixes), Ledger(work.output).latest()
+    rows = difference(listing, latest, recipe=work.recipe, model=work.model, retry_dead=work.retry_dead)
+    before = latest if fence is None else latest.filter(pc.not_equal(latest["fence"], fence))
+    known = listing.join(rows.select(["key"]), keys="key", join_type="left anti")
+    unchanged = known.join(before.select(["key"]), keys="key", join_type="left semi").num_rows
     if work.limit is not None:
         rows = rows.slice(0, work.limit)
     return Forecast(
-        listed=listing.num_rows, todo=rows.num_rows, todo_bytes=int(pc.sum(rows["size"]).as_py() or 0), rows=rows
+        listed=listing.num_rows,
+        unchanged=unchanged,
+        todo=rows.num_rows,
+        todo_bytes=int(pc.sum(rows["size"]).as_py() or 0),
+        rows=rows,
     )
 
 
@@ -96,6 +111,7 @@ def run(
     arguments: dict[str, Any],
     engine: str,
     num_workers: int,
+    use_gpu: bool = False,
     run_id: str,
     lease: Lease,
     label: str,
@@ -103,46 +119,57 @@ def run(
     """Do the work under the lease: first what an interrupted run left, then the difference. Raises BudgetExceeded."""
     ledger, outcome = Ledger(work.output), Outcome()
     writer = _Writer(ledger, lease, run_id)
+
+    def execute(plan: Plan, indices: list[int]) -> None:
+        if indices:
+            batches = run_units(
+                plan,
+                indices,
+                make=make,
+                arguments=arguments,
+                engine=engine,
+                num_workers=num_workers,
+                use_gpu=use_gpu,
+            )
+            _collect(progress(batches, total=len(indices), label=label), work, writer, outcome)
+
     for plan in open_plans(ledger):
         if (plan.recipe, plan.model) == (work.recipe, work.model):
-            accounted = set(pc.unique(ledger.rows()["unit_id"]).to_pylist())
-            left = [i for i, unit_id in enumerate(plan.unit_ids()) if unit_id not in accounted]
+            left = _units_left(plan, ledger)
+            if work.limit is not None and sum(len(plan.unit(i)) for i in left) > work.limit:
+                say(f"{label}: an interrupted plan is larger than limit ({work.limit}) and is given up")
+                storage.delete(plan.uri)
+                continue
             say(f"{label}: an interrupted plan is continued, {len(left)} of {plan.num_units} units are left")
             outcome.resumed_units += len(left)
-            _execute(plan, left, work, make, arguments, engine, num_workers, writer, outcome, label)
+            execute(plan, left)
         storage.delete(plan.uri)  # finished, or made for other settings: its assets are found again by the difference
-    ahead = forecast(work)
-    outcome.unchanged = ahead.listed - ahead.todo
+    if work.limit is not None:
+        work = replace(work, limit=max(0, work.limit - outcome.inputs))
+    ahead = forecast(work, fence=lease.fence)
+    outcome.unchanged = ahead.unchanged
     if ahead.todo:
         units = pack(ahead.rows, recipe=work.recipe, model=work.model, unit_bytes=work.unit_bytes)
-        plan = save_plan(ledger, units, recipe=work.recipe, model=work.model)
-        say(f"{label}: {ahead.todo} of {ahead.listed} assets are new or changed, in {plan.num_units} units")
-        _execute(plan, list(range(plan.num_units)), work, make, arguments, engine, num_workers, writer, outcome, label)
+        plan = save_plan(ledger, units, recipe=work.recipe, model=work.model, fence=lease.fence)
+        say(f"{label}: {ahead.todo} new or changed of {ahead.listed} assets, in {plan.num_units} units")
+        execute(plan, list(range(plan.num_units)))
         storage.delete(plan.uri)
-    else:
+    elif work.limit is None:
         say(f"{label}: nothing to do, all {ahead.listed} assets are accounted for")
     return outcome
 
 
-def _execute(
-    plan: Plan,
-    indices: list[int],
-    work: Work,
-    make: Callable[..., Worker],
-    arguments: dict[str, Any],
-    engine: str,
-    num_workers: int,
-    writer: "_Writer",
-    outcome: Outcome,
-    label: str,
-) -> None:
-    if not indices:
-        return
-    batches: Iterator[list[Receipt]] = run_units(
-        plan, indices, make=make, arguments=arguments, engine=engine, num_workers=num_workers
-    )
+def _units_left(plan: Plan, ledger: Ledger) -> list[int]:
+    """Return the units without a receipt since the plan was made."""
+    rows = ledger.rows()
+    since = rows.filter(pc.greater_equal(rows["fence"], plan.fence))
+    accounted = set(pc.unique(since["unit_id"]).to_pylist())
+    return [index for index, unit_id in enumerate(plan.unit_ids()) if unit_id not in accounted]
+
+
+def _collect(batches: Iterator[list[Receipt]], work: Work, writer: "_Writer", outcome: Outcome) -> None:
     try:
-        for receipts in progress(batches, total=len(indices), label=label):
+        for receipts in batches:
             writer.add(receipts)
             for receipt in receipts:
                 outcome.inputs += 1
@@ -155,10 +182,10 @@ def _execute(
 
 
 def _check_budget(outcome: Outcome, work: Work) -> None:
-    if outcome.dead > work.max_dead_share * outcome.inputs:
+    if outcome.dead > max(1, work.max_dead_share * outcome.inputs):  # one bad file never fails a job (law 1)
         raise BudgetExceeded(
             f"dead letters ({outcome.dead} of {outcome.inputs}) must stay within max_dead_share "
-            f"({work.max_dead_share}); read the reasons with `status`, mend the cause, and run again",
+            f"({work.max_dead_share}); read their reasons in the ledger, mend the cause, then retry what failed",
             {"inputs": outcome.inputs, "done": outcome.done, "skipped": outcome.skipped, "dead": outcome.dead},
         )
 

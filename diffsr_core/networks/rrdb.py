@@ -27,6 +27,10 @@ class RRDBConfig:
     head: Literal["nearest", "pixel_shuffle"] = "nearest"
 
     def __post_init__(self) -> None:
+        if self.num_blocks < 2:
+            raise ValueError(
+                f"num_blocks ({self.num_blocks}) must be at least 2: the condition is every third map; use 2"
+            )
         if self.head == "nearest" and self.scale not in (2, 4, 8):
             raise ValueError(f"scale ({self.scale}) must be 2, 4 or 8 for the nearest head; use head=pixel_shuffle")
 

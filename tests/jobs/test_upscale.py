@@ -171,6 +171,21 @@ def test_another_format_appends_its_extension_so_that_names_never_collide(
     assert {name for name in tree(output) if not name.endswith(".json")} == {"a.png.webp", "a.jpg.webp"}
 
 
+def test_a_result_never_takes_the_place_of_another_sources_result(
+    trained: Path, tmp_path: Path, call: Callable[..., Ran]
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    Image.fromarray(photograph("coffee.png", 16)).save(source / "a.jpg", quality=95)
+    (source / "a.jpg.png").write_bytes(png(photograph("coffee.png", 16)))
+    output = tmp_path / "out"
+    flags = ["--source", source, "--output", output, "--model", trained / "model", "--engine", "local", *FLAGS]
+    done = call("upscale", *flags, "--format", "png")
+    assert (done.summary["done"], done.summary["dead"]) == (1, 1)
+    rows = {row["key"]: (row["status"], row["reason"]) for row in Ledger(str(output)).latest().to_pylist()}
+    assert rows == {"a.jpg": ("dead", "key_taken"), "a.jpg.png": ("done", "")}
+
+
 def test_a_model_of_the_registry_is_resolved_once_to_a_version(
     trained: Path, tmp_path: Path, call: Callable[..., Ran]
 ) -> None:

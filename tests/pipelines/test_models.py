@@ -1,0 +1,124 @@
+"""Laws of pipelines.models: a reference is a whole, undamaged model or an error; a copy is whole or none."""
+
+import json
+
+import pytest
+import torch
+
+from diffsr_core.checkpoint import CARD, CONFIG, EMA, WEIGHTS, model_files, save_files
+from diffsr_core.family import ModelConfig, SuperResolver
+from diffsr_core.networks.rrdb import RRDBConfig
+from pipelines import storage
+from pipelines.models import MODEL_FILES, load_files, publish_files, publish_model, resolve
+
+
+@pytest.fixture(scope="module")
+def files():
+    torch.manual_seed(0)
+    config = ModelConfig(encoder=RRDBConfig(scale=2, num_features=4, num_blocks=3), denoiser=None, anchor="regression")
+    weights = SuperResolver(config).state_dict()
+    ema = {name: value + 1 for name, value in weights.items()}
+    return model_files(config, weights, ema, preset="tiny", card="# tiny\n")
+
+
+@pytest.fixture
+def folder(files, tmp_path):
+    save_files(tmp_path / "model", files)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("form", [str, lambda path: f"file://{path}", lambda path: f"{path}/"])
+def test_a_folder_is_resolved_to_its_files_and_digest(folder, files, form):
+    model = resolve(form(folder))
+    assert model.files == files and model.digest == json.loads(files[CONFIG])["digest"]
+    assert (model.label, model.version) == (form(folder), None)
+
+
+def test_what_is_no_model_folder_is_refused_by_name(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    for name in ("nothing", "file", "empty"):
+        with pytest.raises(ValueError, match=f"{name}.*must be a folder with config.json"):
+            resolve(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, EMA])
+def test_a_folder_that_lacks_a_file_is_refused_and_the_file_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=rf"(?s){folder}.*lacks {name}"):
+        resolve(str(folder))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, EMA])
+@pytest.mark.parametrize("change", [lambda d: d[:-1] + bytes([d[-1] ^ 1]), lambda d: d[:-4], lambda d: b""])
+def test_altered_or_cut_weights_are_refused(folder, name, change):
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    with pytest.raises(ValueError, match=rf"{folder}.*damaged"):
+        resolve(str(folder))
+
+
+def alter(document, **fields):
+    return json.dumps({**json.loads(document), **fields}).encode()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: b"",
+        lambda d: d[:-10],
+        lambda d: b"[]",
+        lambda d: b'{"format": 1}',
+        lambda d: alter(d, digest="0" * 64),
+        lambda d: alter(d, preset="other"),
+        lambda d: alter(d, format=2),
+        lambda d: json.dumps({k: v for k, v in json.loads(d).items() if k != "digest"}).encode(),
+    ],
+    ids=["empty", "cut", "a list", "bare", "other digest", "other preset", "other format", "no digest"],
+)
+def test_an_altered_config_is_a_value_error_that_names_the_model(folder, change):
+    (folder / CONFIG).write_bytes(change((folder / CONFIG).read_bytes()))
+    with pytest.raises(ValueError, match=str(folder)):
+        resolve(str(folder))
+
+
+def test_a_pretrained_name_is_refused_as_none_ships():
+    with pytest.raises(ValueError, match="pretrained:any.*no model ships"):
+        resolve("pretrained:any")
+
+
+def test_a_model_is_published_once_with_its_config_last(folder, files, tmp_path, monkeypatch):
+    publish, written = storage.publish, []
+    monkeypatch.setattr(storage, "publish", lambda uri, data: (written.append(uri), publish(uri, data)))
+    model, output = resolve(str(folder)), str(tmp_path / "out")
+    uri = publish_model(model, output)
+    assert uri.endswith(f"/_diffsr/models/{model.digest}") and load_files(uri) == files
+    assert sorted(written) == sorted(storage.join(uri, name) for name in files)
+    assert written[-1] == storage.join(uri, CONFIG)
+    assert publish_model(model, output) == uri and len(written) == len(files)
+    assert resolve(uri).digest == model.digest
+
+
+def test_a_copy_that_was_cut_short_is_no_model_and_is_made_again(folder, files, tmp_path, monkeypatch):
+    model, output, publish = resolve(str(folder)), str(tmp_path / "out"), storage.publish
+
+    def cut_short(uri, data):
+        if uri.endswith(CONFIG):
+            raise KeyboardInterrupt
+        publish(uri, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "publish", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            publish_model(model, output)
+    uri = storage.join(output, "_diffsr", "models", model.digest)
+    with pytest.raises(ValueError, match="lacks config.json"):
+        resolve(uri)
+    assert load_files(publish_model(model, output)) == files
+
+
+def test_only_the_files_of_a_model_are_copied(files, tmp_path):
+    uri = str(tmp_path / "copy")
+    publish_files(uri, {**files, "notes.pkl": b"code"})
+    assert storage.list_names(uri) == sorted(MODEL_FILES) == sorted([CARD, CONFIG, EMA, WEIGHTS])
+    (tmp_path / "copy" / "notes.pkl").write_bytes(b"code")
+    assert set(load_files(uri)) == set(MODEL_FILES)

@@ -1,0 +1,247 @@
+"""Laws of pipelines.pictures: alpha, grey, orientation and profile survive; what is measured is what is published."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from diffsr_core.family import ModelConfig, SuperResolver
+from diffsr_core.networks.rrdb import RRDBConfig
+from diffsr_core.resize import downscale_pixels
+from diffsr_core.upscaler import SamplingRecipe, Upscaler, bicubic
+from pipelines.images import Refused
+from pipelines.pictures import output_key, target_format, upscale_picture
+
+SCALE = 2
+
+
+@pytest.fixture(scope="module")
+def upscaler():
+    torch.manual_seed(0)
+    encoder = RRDBConfig(scale=SCALE, num_features=4, num_blocks=3, head="pixel_shuffle")
+    model = SuperResolver(ModelConfig(encoder=encoder, denoiser=None, anchor="regression"))
+    return Upscaler(model, SamplingRecipe(tile=32, halo=4))
+
+
+def photo(height=20, width=28, colours=3):
+    """Return a smooth uint8 HWC picture without symmetry."""
+    y, x = np.mgrid[0:height, 0:width]
+    channels = [30 + 7 * x, 40 + 9 * y, 220 - 3 * x - 2 * y][:colours]
+    return np.clip(np.stack(channels, axis=-1), 0, 255).astype(np.uint8)
+
+
+def file_of(pixels, format="PNG", **options):
+    out = io.BytesIO()
+    Image.fromarray(np.squeeze(pixels)).save(out, format=format, **options)
+    return out.getvalue()
+
+
+def opened(data):
+    return Image.open(io.BytesIO(data))
+
+
+def reduced(data, mode="RGB"):
+    """Return the published file, decoded by Pillow and shrunk, without any code of pipelines."""
+    pixels = np.atleast_3d(np.asarray(opened(data).convert(mode)))
+    return downscale_pixels(pixels, SCALE)
+
+
+def psnr(a, b):
+    return 10 * np.log10(255.0**2 / np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2))
+
+
+def test_the_result_is_the_source_enlarged_and_keeps_to_it(upscaler):
+    result = upscale_picture(upscaler, file_of(photo()))
+    assert (result.format, result.source_format, opened(result.data).size) == ("PNG", "PNG", (56, 40))
+    assert psnr(reduced(result.data), photo()) > 45
+    assert result.metrics["colour_drift"] < 1
+
+
+def test_the_same_bytes_come_out_each_time_and_for_any_number_in_flight(upscaler):
+    data = file_of(photo(40, 50))
+    other = Upscaler(upscaler.model, upscaler.recipe, in_flight=3)
+    assert upscale_picture(upscaler, data) == upscale_picture(upscaler, data) == upscale_picture(other, data)
+
+
+def test_alpha_is_enlarged_by_bicubic_and_the_colour_is_that_of_the_opaque_picture(upscaler):
+    alpha = photo()[:, :, :1] // 2 * 2
+    result = opened(upscale_picture(upscaler, file_of(np.dstack([photo(), alpha]))).data)
+    assert result.mode == "RGBA"
+    made = np.asarray(result)
+    assert np.array_equal(made[:, :, 3], bicubic(alpha, SCALE)[:, :, 0])
+    opaque = np.asarray(opened(upscale_picture(upscaler, file_of(photo())).data))
+    assert np.array_equal(made[:, :, :3], opaque)
+
+
+def test_grey_stays_grey(upscaler):
+    result = upscale_picture(upscaler, file_of(photo(colours=1)))
+    assert opened(result.data).mode == "L" and psnr(reduced(result.data, "L"), photo(colours=1)) > 45
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize("format", ["png", "webp", "tiff"])
+def test_grey_can_be_written_in_every_format_and_is_measured_there(upscaler, format, alpha):
+    grey = photo(colours=1)
+    data = file_of(np.dstack([grey, grey]) if alpha else grey)
+    result = upscale_picture(upscaler, data, format=format, quality=100)
+    assert result.format == format.upper()
+    assert result.metrics["lr_psnr"] == pytest.approx(psnr(reduced(result.data, "L"), grey), abs=0.01)
+
+
+def test_a_jpeg_is_turned_upright_before_it_is_enlarged(upscaler):
+    exif = Image.Exif()
+    exif[274] = 6
+    data = file_of(photo(), "JPEG", quality=100, subsampling=0, exif=exif)
+    upright = np.rot90(np.asarray(opened(data)), -1)  # orientation 6: turn clockwise
+    result = upscale_picture(upscaler, data)
+    assert opened(result.data).size == (40, 56) and opened(result.data).getexif().get(274, 1) == 1
+    assert psnr(reduced(result.data), upright) > 35
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_the_colour_profile_is_kept(upscaler, format):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = file_of(photo(), format, icc_profile=profile)
+    result = upscale_picture(upscaler, data)
+    assert (result.format, opened(result.data).info["icc_profile"]) == (format, profile)
+    assert "icc_profile" not in opened(upscale_picture(upscaler, file_of(photo(), format)).data).info
+
+
+def test_lr_psnr_and_drift_are_those_of_the_decoded_published_file(upscaler):
+    values = []
+    for quality in (30, 95):
+        result = upscale_picture(upscaler, file_of(photo()), format="jpeg", quality=quality)
+        assert result.metrics["lr_psnr"] == pytest.approx(psnr(reduced(result.data), photo()), abs=1e-6)
+        drift = np.abs(np.asarray(opened(result.data)).mean(axis=(0, 1)) - photo().mean(axis=(0, 1))).max()
+        assert result.metrics["colour_drift"] == pytest.approx(drift, abs=1e-9)
+        values.append(result.metrics["lr_psnr"])
+    lossless = upscale_picture(upscaler, file_of(photo())).metrics["lr_psnr"]
+    assert values[0] + 1 < values[1] < lossless
+
+
+def test_the_noise_is_keyed_by_the_content_of_the_file():
+    digests = []
+
+    class Spy:
+        class model:
+            class config:
+                scale = SCALE
+
+        def __call__(self, pixels, *, digest):
+            digests.append(digest)
+
+            class result:
+                sr = bicubic(pixels, SCALE)
+
+            return result
+
+    first, second = file_of(photo()), file_of(photo(), compress_level=1)
+    for data in (first, first, second):
+        upscale_picture(Spy(), data)
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"", "empty_file"), (b"<html>", "not_an_image"), (file_of(photo())[:60], "truncated")],
+)
+def test_a_refusal_of_the_decoder_passes_through(upscaler, data, reason):
+    with pytest.raises(Refused) as caught:
+        upscale_picture(upscaler, data)
+    assert caught.value.reason == reason
+
+
+def test_a_picture_beyond_the_limit_is_refused_and_its_larger_result_is_not(upscaler):
+    data, pixels = file_of(photo()), 20 * 28
+    assert upscale_picture(upscaler, data, max_pixels=pixels).format == "PNG"
+    with pytest.raises(Refused, match="too_large"):
+        upscale_picture(upscaler, data, max_pixels=pixels - 1)
+
+
+def test_alpha_that_the_wanted_format_cannot_store_is_refused_before_any_work():
+    class Never:
+        class model:
+            class config:
+                scale = SCALE
+
+        def __call__(self, pixels, *, digest):
+            pytest.fail("the network ran for a result that cannot be written")
+
+    data = file_of(np.dstack([photo(), photo()[:, :, :1]]))
+    with pytest.raises(Refused) as caught:
+        upscale_picture(Never(), data, format="jpeg")
+    assert (caught.value.stage, caught.value.reason) == ("encode", "alpha")
+
+
+class Failing:
+    """An upscaler that raises."""
+
+    class model:
+        class config:
+            scale = SCALE
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, pixels, *, digest):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    ],
+)
+def test_what_does_not_fit_into_memory_is_refused_as_oom(error):
+    with pytest.raises(Refused) as caught:
+        upscale_picture(Failing(error), file_of(photo()))
+    assert caught.value.reason == "oom"
+
+
+def test_torch_words_a_lack_of_memory_as_we_expect():
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("bug"), IndexError("bug")])
+def test_a_bug_is_not_taken_for_bad_data(error):
+    with pytest.raises(type(error), match=str(error)):
+        upscale_picture(Failing(error), file_of(photo()))
+
+
+@pytest.mark.parametrize(
+    ("key", "source", "wanted", "expected"),
+    [
+        ("a/b.jpg", "JPEG", "keep", "a/b.jpg"),
+        ("a/b.jpg", "JPEG", "jpeg", "a/b.jpg"),
+        ("a/b.jpeg", "JPEG", "png", "a/b.jpeg.png"),
+        ("a/b.png", "PNG", "jpeg", "a/b.png.jpg"),
+        ("a/b.tif", "TIFF", "webp", "a/b.tif.webp"),
+        ("a/b.webp", "WEBP", "tiff", "a/b.webp.tif"),
+        ("a/b.bmp", "BMP", "keep", "a/b.bmp.png"),
+        ("a/b.gif", "GIF", "keep", "a/b.gif.png"),
+        ("a/b.ppm", "PPM", "keep", "a/b.ppm.png"),
+        ("noext", "PNG", "keep", "noext"),
+    ],
+)
+def test_a_key_is_kept_with_its_format_and_grows_an_extension_with_another(key, source, wanted, expected):
+    assert output_key(key, source, wanted) == expected
+
+
+def test_names_that_differ_only_in_their_extension_never_collide():
+    sources = {"a.jpg": "JPEG", "a.png": "PNG", "a.webp": "WEBP", "a.tif": "TIFF", "a.bmp": "BMP", "a.gif": "GIF"}
+    for wanted in ("keep", "png", "jpeg", "webp", "tiff"):
+        keys = [output_key(key, format, wanted) for key, format in sources.items()]
+        assert len(set(keys)) == len(sources), wanted
+
+
+def test_the_target_is_what_is_asked_or_the_nearest_that_can_be_written():
+    assert [target_format(name, "keep") for name in ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")] == [
+        "PNG", "JPEG", "WEBP", "TIFF", "PNG", "PNG", "PNG",
+    ]  # fmt: skip
+    assert target_format("BMP", "webp") == "WEBP"
