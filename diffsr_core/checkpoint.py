@@ -37,9 +37,7 @@ def model_from_files(files: Mapping[str, bytes], *, ema: bool = True) -> tuple[S
     for name in (CONFIG, WEIGHTS, EMA):
         if name not in files:
             raise ValueError(f"model folder ({sorted(files)}) lacks {name}; copy the folder again, whole")
-    document: dict[str, Any] = json.loads(files[CONFIG])
-    if document.get("format") != FORMAT:
-        raise ValueError(f"model format ({document.get('format')}) must be {FORMAT}; use the version that wrote it")
+    document = _document(files[CONFIG])
     settings = {key: document[key] for key in ("format", "preset", "model")}
     found = _digest(settings, {name: files[name] for name in (WEIGHTS, EMA)})
     if found != document["digest"]:
@@ -75,6 +73,21 @@ def config_from_json(fields: Mapping[str, Any]) -> ModelConfig:
             "schedule": Schedule(**fields["schedule"]),
         }
     )
+
+
+def _document(data: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(data)
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{CONFIG} is not JSON ({error}); copy the folder again, whole") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{CONFIG} holds a {type(document).__name__}, it must be an object; name a model folder")
+    if document.get("format") != FORMAT:
+        raise ValueError(f"model format ({document.get('format')}) must be {FORMAT}; use the version that wrote it")
+    for key in ("preset", "model", "digest"):
+        if key not in document:
+            raise ValueError(f"{CONFIG} lacks {key}; copy the folder again, whole")
+    return document
 
 
 def _pack(tensors: Mapping[str, Tensor]) -> bytes:

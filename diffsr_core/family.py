@@ -46,7 +46,8 @@ class ModelConfig:
         """Heights and widths of an LR window must be multiples of this."""
         if self.denoiser is None:
             return 1
-        return max(1, self.denoiser.stride * self.space_to_depth // self.scale)
+        stride = self.denoiser.stride * self.space_to_depth
+        return stride // math.gcd(stride, self.scale)
 
 
 class Condition(NamedTuple):
