@@ -22,12 +22,17 @@ class Validation(NamedTuple):
 
 
 @torch.inference_mode()
-def validate(model: SuperResolver, hr: Tensor, lr: Tensor, *, num_steps: int = 4, seed: int = 0) -> Validation:
-    """Return the scores of bicubic, regression and a sample on pairs in [-1, 1]; strips in that order, HR last."""
+def validate(
+    model: SuperResolver, hr: Tensor, lr: Tensor, *, with_sample: bool, num_steps: int = 4, seed: int = 0
+) -> Validation:
+    """Return the scores of bicubic, regression and a sample on pairs in [-1, 1]; strips in that order, HR last.
+
+    with_sample: False while the denoiser has not been trained, when a sample would be noise.
+    """
     model.eval()
     _, regression = model.encoder(lr)
     images = {"bicubic": upscale(lr, model.config.scale), "regression": regression}
-    if model.denoiser is not None:
+    if with_sample:
         images["sample"] = sample_batch(model, lr, num_steps=num_steps, seed=seed)
     pixels = {name: [to_pixels(image[None]) for image in batch] for name, batch in {**images, "hr": hr}.items()}
     metrics = {

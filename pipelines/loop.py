@@ -139,7 +139,8 @@ def _checkpoint(config: LoopConfig, manifest: Manifest, trainer: Trainer) -> dic
     hr, lr = reader.batch(range(min(16, reader.num_pairs)))
     model = SuperResolver(trainer.model.config)
     model.load_state_dict({name: value.cpu() for name, value in trainer.ema.items()})
-    result = validate(model, to_tensor(hr), to_tensor(lr))
+    stage = trainer.recipe.stage_at(trainer.step - 1)[0].name
+    result = validate(model, to_tensor(hr), to_tensor(lr), with_sample=stage == "diffusion")
     picture = encode_lossless(np.concatenate(list(result.strips[:4]), axis=0), "png")
     storage.publish(storage.join(config.output, "samples", f"step-{trainer.step:08d}.png"), picture)
     return result.metrics

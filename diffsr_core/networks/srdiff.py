@@ -30,8 +30,8 @@ class SRDiffConfig:
     def __post_init__(self) -> None:
         if self.condition_scale != 1 and self.condition_scale % 2:
             raise ValueError(
-                f"condition_scale ({self.condition_scale}) must be 1 or even, as its transposed convolution pads by half; "
-                "use space-to-depth by the scale, which makes it 1"
+                f"condition_scale ({self.condition_scale}) must be 1 or even, as its transposed convolution pads by "
+                "half; use space-to-depth by the scale, which makes it 1"
             )
 
     @property
