@@ -158,14 +158,34 @@ class PairReader:
         return list(zip(columns["hr"], columns["lr"], strict=True))
 
 
-def iter_pairs(pairs: str, manifest: Manifest, split: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a split in stored order, blobs still encoded: for evaluation. Raises ValueError if altered."""
+def iter_pairs(
+    pairs: str, manifest: Manifest, split: str, *, columns: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a split in stored order, blobs still encoded, each with its `place` for `read_pair`.
+
+    columns: read only these. Raises ValueError for a shard that was altered.
+    """
+    wanted = None if columns is None else sorted({*columns, "split", "source_key"})
     for shard in sorted(manifest.shards, key=lambda s: s.name):
         file = _open_shard(pairs, shard)
         for group in range(file.num_row_groups):
-            for row in file.read_row_group(group).to_pylist():
+            for number, row in enumerate(file.read_row_group(group, columns=wanted).to_pylist()):
                 if row["split"] == split and row["source_key"] not in shard.dropped_sources:
-                    yield row
+                    yield {**row, "place": f"{shard.name}#{group}#{number}"}
+
+
+def read_pair(pairs: str, place: str) -> tuple[bytes, bytes]:
+    """Return the encoded (hr, lr) of the row at a `place`."""
+    name, group, number = place.rsplit("#", 2)
+    return _row_group(storage.join(pairs, name), int(group))[int(number)]
+
+
+@lru_cache(maxsize=4)
+def _row_group(uri: str, group: int) -> list[tuple[bytes, bytes]]:
+    with storage.open_file(uri) as handle:
+        file = pq.ParquetFile(handle, page_checksum_verification=True)
+        columns = file.read_row_group(group, columns=["hr", "lr"]).to_pydict()
+    return list(zip(columns["hr"], columns["lr"], strict=True))
 
 
 def _open_shard(pairs: str, shard: Shard) -> pq.ParquetFile:

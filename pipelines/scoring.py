@@ -20,20 +20,23 @@ from diffsr_core.upscaler import SamplingRecipe, Upscaler, bicubic
 from pipelines import storage
 from pipelines.engine import map_actors, progress
 from pipelines.images import SUFFIXES, Refused, decode, decode_lossless, encode_lossless
-from pipelines.manifest import iter_pairs, load_manifest
+from pipelines.manifest import iter_pairs, load_manifest, read_pair
 from pipelines.models import ResolvedModel, load_files, publish_model
+from pipelines.work import read_source
 
 BASELINES = ("bicubic", "regression")
 METRICS = ("psnr", "ssim", "psnr_y", "ssim_y", "lr_psnr")
 STRIP_PX = 192
+SSIM_WINDOW_PX = 11
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One image of a data set: where it is (a key below the source, or a row of a pair set)."""
+    """One image of a data set: a key below the source, or with a `place` a row of a pair set."""
 
     key: str
     etag: str
+    place: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,8 @@ def open_dataset(source: str, *, split: str, degradation: str, scale: int, limit
         found = manifest.recipe["scale"]
         if found != scale:
             raise ValueError(f"dataset scale ({found}) must be that of the model ({scale}); make other pairs")
-        items = [Item(key=row["pair_id"], etag=row["hr_sha256"]) for row in iter_pairs(source, manifest, split)]
+        rows = iter_pairs(source, manifest, split, columns=["pair_id", "hr_sha256"])
+        items = [Item(key=row["pair_id"], etag=row["hr_sha256"], place=row["place"]) for row in rows]
         recipe = f"pairs {manifest.digest}"
     else:
         items = [Item(key=o.key, etag=o.etag) for o in storage.list_objects(source, suffixes=SUFFIXES)]
@@ -81,19 +85,25 @@ class Scorer:
         self.baselines, self.source, self.degradation = tuple(baselines), source, degradation
         self.scale = network.config.scale
 
-    def images(self, item: dict[str, str], pair: dict[str, Any] | None) -> dict[str, np.ndarray]:
+    def images(self, item: dict[str, str]) -> dict[str, np.ndarray]:
         """Return lr, hr and each method's output, uint8 HWC. Raises Refused."""
-        if pair is not None:
-            hr, lr, data = decode_lossless(pair["hr"]), decode_lossless(pair["lr"]), bytes(pair["lr"])
+        if item["place"]:
+            hr_blob, data = read_pair(self.source, item["place"])
+            hr, lr = decode_lossless(hr_blob), decode_lossless(data)
         else:
-            data = storage.read_bytes(storage.join(self.source, item["key"]))
-            hr = crop_to_multiple(decode(data).pixels, self.scale)
+            data = read_source(self.source, item)
+            pixels = decode(data).pixels
+            least = SSIM_WINDOW_PX + 2 * self.scale
+            if min(pixels.shape[:2]) < least:
+                size = f"{pixels.shape[0]}x{pixels.shape[1]} px"
+                raise Refused("score", "too_small", f"{size}: each side must be at least {least} px to be scored")
+            hr = crop_to_multiple(pixels, self.scale)
             lr = Degradation(json.loads(self.degradation)["name"], self.scale).apply(hr, seed=0)
         result = self.upscaler(lr, digest=storage.digest_bytes(data))
         made = {"bicubic": bicubic(lr, self.scale), "regression": result.regression}
         return {"lr": lr, "hr": hr, **{name: made[name] for name in self.baselines}, "model": result.sr}
 
-    def __call__(self, item: dict[str, str], pair: dict[str, Any] | None = None) -> dict[str, Any]:
+    def __call__(self, item: dict[str, str]) -> dict[str, Any]:
         """Return one row: key, reason (empty when scored), seconds, and `<method>_<metric>` values.
 
         An item with a `strip` has its crops written there: pictures never pass through the driver.
@@ -101,7 +111,7 @@ class Scorer:
         started = time.monotonic()
         row: dict[str, Any] = {"key": item["key"], "reason": "", "message": ""}
         try:
-            images = self.images(item, pair)
+            images = self.images(item)
         except Refused as refused:
             return {**row, "reason": refused.reason, "message": refused.message, "seconds": time.monotonic() - started}
         row["seconds"] = time.monotonic() - started
@@ -132,7 +142,7 @@ class ScoringActor:
         self.scorer = Scorer(**arguments)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        return {"row": json.dumps(self.scorer(row, row["pair"]))}
+        return {"row": json.dumps(self.scorer(row))}
 
 
 def score_dataset(
@@ -159,21 +169,11 @@ def score_dataset(
         "degradation": dataset.degradation,
     }
     work = [
-        {**item, "strip": storage.join(output, "strips", f"{index:02d}.png") if index < num_strips else ""}
-        for index, item in enumerate(_work(dataset))
+        {**asdict(item), "strip": storage.join(output, "strips", f"{index:02d}.png") if index < num_strips else ""}
+        for index, item in enumerate(dataset.items)
     ]
     rows = progress(_rows(work, arguments, engine, num_workers), total=len(work), label=label)
     return sorted(rows, key=lambda row: str(row["key"]))
-
-
-def _work(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    if dataset.split:
-        wanted = {item.key for item in dataset.items}
-        for row in iter_pairs(dataset.source, load_manifest(dataset.source), dataset.split):
-            if row["pair_id"] in wanted:
-                yield {"key": row["pair_id"], "etag": row["hr_sha256"], "pair": {"hr": row["hr"], "lr": row["lr"]}}
-    else:
-        yield from ({**asdict(item), "pair": None} for item in dataset.items)
 
 
 def _rows(
@@ -182,7 +182,7 @@ def _rows(
     if engine == "local":
         scorer = Scorer(**arguments)
         for item in work:
-            yield scorer(item, item["pair"])
+            yield scorer(item)
         return
     for row in map_actors(work, ScoringActor, {"arguments": arguments}, num_workers=num_workers):
         yield json.loads(row["row"])

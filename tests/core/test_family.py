@@ -182,11 +182,11 @@ def test_a_network_that_is_told_the_step_is_told_the_nearest_one(monkeypatch: py
     assert told[0].tolist() == [3.0, 99.0]
 
 
-@pytest.mark.parametrize("space_to_depth", [1, 2, 3, 4])
-@pytest.mark.parametrize("scale", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize(
+    ("scale", "space_to_depth"),
+    [(1, 1), (2, 1), (2, 2), (3, 3), (4, 1), (4, 2), (4, 4), (6, 1), (6, 3), (6, 6), (8, 4)],
+)
 def test_an_lr_size_on_the_stride_gives_the_denoiser_sizes_on_its_own(scale: int, space_to_depth: int) -> None:
-    if scale % space_to_depth:
-        return
     for levels_of_unet in (1, 2, 3, 4):
         config = ModelConfig(
             encoder=replace(ENCODER, scale=scale),

@@ -167,3 +167,8 @@ def test_the_full_resolution_skip_is_read_only_when_asked_for() -> None:
         x, t = torch.randn(1, 3, 8, 8), torch.zeros(1)
         outputs = [net(x, t, torch.full((1, 4, 8, 8), value)) for value in (0.0, 1.0)]
         assert torch.equal(*outputs) != skip
+
+
+def test_an_odd_condition_scale_is_refused_as_its_sizes_would_not_meet() -> None:
+    with pytest.raises(ValueError, match=r"condition_scale \(3\)"):
+        SRDiffConfig(condition_scale=3)

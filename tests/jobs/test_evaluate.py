@@ -26,6 +26,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("astronaut.png", "coins.png", "rocket.jpg"):
         (folder / name).with_suffix(".png").write_bytes(png(photograph(name)))
     (folder / "rotten.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing")
+    (folder / "tiny.png").write_bytes(png(photograph("coins.png", 3)))
     return folder
 
 
@@ -35,14 +36,15 @@ def evaluated(trained: Path, held_out: Path, tmp_path_factory: pytest.TempPathFa
     output = tmp_path_factory.mktemp("evaluation") / "out"
     flags = ["--model", "models:/tested/1", "--dataset", held_out, "--output", output, "--steps", 2, "--num-workers", 2]
     done = run("evaluate", *flags)
-    assert (done.code, done.summary["done"], done.summary["dead"]) == (0, 3, 1), done.stderr
+    assert (done.code, done.summary["done"], done.summary["dead"]) == (0, 3, 2), done.stderr
     return output
 
 
 def test_each_image_has_a_row_and_a_rotten_one_a_reason(evaluated: Path) -> None:
     rows = {row["key"]: row for row in pq.read_table(evaluated / "rows.parquet").to_pylist()}
-    assert set(rows) == {"astronaut.png", "coins.png", "rocket.png", "rotten.png"}
+    assert set(rows) == {"astronaut.png", "coins.png", "rocket.png", "rotten.png", "tiny.png"}
     assert rows["rotten.png"]["reason"] and not rows["astronaut.png"]["reason"]
+    assert rows["tiny.png"]["reason"] == "too_small"
 
 
 def test_bicubic_psnr_is_what_scikit_image_says(evaluated: Path) -> None:
@@ -67,7 +69,7 @@ def test_the_same_evaluation_is_read_not_computed(evaluated: Path, held_out: Pat
     before = {path: path.stat().st_mtime_ns for path in evaluated.rglob("*")}
     flags = ["--model", "models:/tested/1", "--dataset", held_out, "--output", evaluated, *FLAGS]
     again = call("evaluate", *flags)
-    assert (again.code, again.summary["done"], again.summary["unchanged"]) == (0, 0, 4)
+    assert (again.code, again.summary["done"], again.summary["unchanged"]) == (0, 0, 5)
     assert {path: path.stat().st_mtime_ns for path in evaluated.rglob("*")} == before
 
 
