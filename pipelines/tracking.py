@@ -121,10 +121,13 @@ def alias_version(client: mlflow.MlflowClient, name: str, alias: str) -> int | N
 
 
 class Reporter:
-    """Takes the training reports in the driver: logs them to the current run and shows one line every few seconds."""
+    """Takes the training reports in the driver: logs them to a run and shows one line every few seconds.
 
-    def __init__(self, num_steps: int, *, output: str) -> None:
-        self.num_steps, self.output = num_steps, output
+    The run is named by its id, as MLflow's current run belongs to a thread and reports come in another one.
+    """
+
+    def __init__(self, run_id: str, num_steps: int, *, output: str) -> None:
+        self.run_id, self.num_steps, self.output = run_id, num_steps, output
         self.last: dict[str, float] = {}
         self._shown = 0.0
 
@@ -132,11 +135,12 @@ class Reporter:
         step = int(metrics["step"])
         values = {name: float(value) for name, value in metrics.items() if name != "step"}
         self.last |= values
-        mlflow.log_metrics(values, step=step)
+        mlflow.log_metrics(values, step=step, run_id=self.run_id)
         validated = {name: value for name, value in values.items() if name.startswith("val_")}
         if validated:
             uri = storage.join(self.output, "samples", f"step-{step:08d}.png")
-            mlflow.log_image(np.asarray(decode_lossless(storage.read_bytes(uri))), key="samples", step=step)
+            picture = np.asarray(decode_lossless(storage.read_bytes(uri)))
+            mlflow.MlflowClient().log_image(self.run_id, picture, key="samples", step=step)
         if validated or step == self.num_steps or time.monotonic() - self._shown > 5:
             self._shown = time.monotonic()
             scores = "".join(f", {name.removeprefix('val_')} {value:.2f} dB" for name, value in validated.items())

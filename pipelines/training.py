@@ -130,7 +130,7 @@ def train(config: TrainConfig) -> Summary:
             if not run:
                 tracking.log_pairs(config.pairs, manifest, context="training")
             storage.publish(run_uri, json.dumps({"identity": identity, "mlflow_run": run_id}).encode())
-            metrics = _run(config, tracking.Reporter(recipe.num_steps, output=config.output))
+            metrics = _run(config, tracking.Reporter(run_id, recipe.num_steps, output=config.output))
             files = newest_files(config.output)
             assert files is not None, "the loop ends with a checkpoint"
             files = {name: files[name] for name in MODEL_FILES}

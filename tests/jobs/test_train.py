@@ -61,6 +61,7 @@ def test_a_rotten_shard_is_refused_by_name(pairs: Path, tmp_path: Path, call: Ca
 def test_mlflow_knows_what_the_run_saw_and_how_it_went(pairs: Path, trained: Path) -> None:
     version = mlflow.MlflowClient().get_model_version("tested", "1")
     record = mlflow.get_run(version.run_id)
+    assert record.info.status == "FINISHED"
     assert record.data.params["preset"] == "nano-x4"
     names = {"loss", "learning_rate", "images_per_s", "data_wait_share", "val_psnr_sample", "val_psnr_bicubic"}
     assert names <= set(record.data.metrics)
@@ -89,6 +90,11 @@ def test_two_ray_workers_train_and_register(pairs: Path, tmp_path: Path) -> None
     done = run("train", *flags, "--register", "on-ray", env={"OMP_NUM_THREADS": "1"})
     assert done.code == 0, done.stderr
     assert done.summary["outputs"][-1] == "models:/on-ray/1"
+    record = mlflow.get_run(mlflow.MlflowClient().get_model_version("on-ray", "1").run_id)
+    assert {"loss", "data_wait_share", "val_psnr_sample"} <= set(record.data.metrics)
+    assert mlflow.MlflowClient().list_artifacts(record.info.run_id, "images")
+    assert not [run for run in mlflow.search_runs(search_all_experiments=True, output_format="list")
+                if run.info.status == "RUNNING"]  # fmt: skip
     assert all(np.isfinite(value).all() for value in weights(output).values())
     assert os.path.exists(output / "samples" / "step-00000012.png")
 
