@@ -3,9 +3,7 @@
 ray job submit --working-dir . -- python jobs/train.py --help
 """
 
-import sys
-
-from pipelines.cli import run_job
+from pipelines.cli import run_and_exit
 
 if __name__ == "__main__":
-    sys.exit(run_job("train", sys.argv[1:]))
+    run_and_exit("train")

@@ -1,7 +1,7 @@
 """Training checkpoints: `<output>/checkpoints/<step>/`, safetensors and JSON, whole or not there.
 
 state.json is written last and holds the hash of every other file: a checkpoint without it, or with another hash, was
-cut short, is reported, and the one before it is used.
+cut short, is reported, and the one before it is used. It also keeps the metrics of the report that it belongs to.
 """
 
 import json
@@ -15,11 +15,17 @@ from pipelines import storage
 from pipelines.engine import say
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
-Saved = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, int]]
+Saved = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, int], dict[str, float]]
 
 
 def save_checkpoint(
-    output: str, files: Mapping[str, bytes], optimizer: Mapping[str, Tensor], counters: Mapping[str, int], *, keep: int
+    output: str,
+    files: Mapping[str, bytes],
+    optimizer: Mapping[str, Tensor],
+    counters: Mapping[str, int],
+    *,
+    metrics: Mapping[str, float],
+    keep: int,
 ) -> None:
     """Publish one checkpoint, then delete all but the newest `keep`."""
     folder = storage.join(output, "checkpoints", f"{counters['step']:08d}")
@@ -27,7 +33,8 @@ def save_checkpoint(
     for name, data in payload.items():
         storage.publish(storage.join(folder, name), data)
     hashes = {name: storage.digest_bytes(data) for name, data in payload.items()}
-    storage.publish(storage.join(folder, STATE), json.dumps({**counters, "sha256": hashes}).encode())
+    document = {**counters, "metrics": dict(metrics), "sha256": hashes}
+    storage.publish(storage.join(folder, STATE), json.dumps(document).encode())
     names = storage.list_names(storage.join(output, "checkpoints"))
     steps = sorted({name.split("/")[0] for name in names})
     for name in names:
@@ -36,12 +43,20 @@ def save_checkpoint(
 
 
 def load_newest(output: str) -> Saved | None:
-    """Return (weights, EMA, optimizer tensors, counters) of the newest whole checkpoint, or None when there is none."""
+    """Return (weights, EMA, optimizer tensors, counters, metrics) of the newest whole checkpoint, None without one."""
     found = newest_files(output)
     if found is None:
         return None
-    counters = {name: value for name, value in json.loads(found[STATE]).items() if name != "sha256"}
-    return load(found[WEIGHTS]), load(found[EMA]), load(found[OPTIMIZER]), counters
+    counters = json.loads(found[STATE])
+    del counters["sha256"]
+    metrics = counters.pop("metrics", {})
+    return load(found[WEIGHTS]), load(found[EMA]), load(found[OPTIMIZER]), counters, metrics
+
+
+def newest_step(output: str) -> int:
+    """Return the step of the newest whole checkpoint, 0 without one; costs reading it, as its hashes are checked."""
+    found = newest_files(output)
+    return 0 if found is None else int(json.loads(found[STATE])["step"])
 
 
 def newest_files(output: str) -> dict[str, bytes] | None:

@@ -10,15 +10,23 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
+from pipelines.attempts import Attempts
 from pipelines.ledger import Plan, Receipt
 
 T = TypeVar("T")
 
 
-class Worker(Protocol):
-    """Does one unit: rows of the plan in, one receipt per row out. Built once per process from plain arguments."""
+Enter = Callable[[str], None]
+MAX_DEATHS = 10  # of a Ray actor and of the task it dies in; `attempts` finds the asset that kills long before
 
-    def __call__(self, rows: list[dict[str, Any]]) -> list[Receipt]: ...
+
+class Worker(Protocol):
+    """Does one unit: rows of the plan in, one receipt per row out. Built once per process from plain arguments.
+
+    It calls `enter(key)` before each asset, which raises Refused for one that has killed its worker before.
+    """
+
+    def __call__(self, rows: list[dict[str, Any]], enter: Enter) -> list[Receipt]: ...
 
 
 def say(text: str) -> None:
@@ -40,6 +48,12 @@ def progress(items: Iterable[T], *, total: int, label: str) -> Iterator[T]:
         if time.monotonic() - shown > 5:
             shown = time.monotonic()
             say(f"{label}: {count} of {total}, {shown - start:.0f} s")
+
+
+def check_engine(engine: str, num_workers: int) -> None:
+    """Raise ValueError for workers that a plain loop would not have."""
+    if engine == "local" and num_workers != 1:
+        raise ValueError(f"num_workers ({num_workers}) must be 1 with engine local; use --engine ray")
 
 
 @contextmanager
@@ -75,6 +89,15 @@ def cluster(*, num_cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def do_unit(worker: Worker, plan: Plan, index: int) -> list[Receipt]:
+    """Return the receipts of one unit, its attempts on record while it runs."""
+    rows = plan.unit(index)
+    attempts = Attempts(plan.root, rows[0]["unit_id"])
+    receipts = worker(rows, attempts.enter)
+    attempts.leave()
+    return receipts
+
+
 class UnitActor:
     """The Ray Data face of a worker: row {index} -> row {receipts as JSON}. Heavy bytes never pass through here."""
 
@@ -83,7 +106,7 @@ class UnitActor:
         self.plan = Plan(plan_uri)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        receipts = self.worker(self.plan.unit(int(row["index"])))
+        receipts = do_unit(self.worker, self.plan, int(row["index"]))
         return {"receipts": json.dumps([asdict(receipt) for receipt in receipts])}
 
 
@@ -98,10 +121,11 @@ def run_units(
     use_gpu: bool = False,
 ) -> Iterator[list[Receipt]]:
     """Yield the receipts of each unit as it ends. make: a worker class; arguments: its plain keyword arguments."""
+    check_engine(engine, num_workers)
     if engine == "local":
         worker = make(**arguments)
         for index in indices:
-            yield worker(plan.unit(index))
+            yield do_unit(worker, plan, index)
         return
     rows = [{"index": index} for index in indices]
     fields = {"make": make, "arguments": arguments, "plan_uri": plan.uri}
@@ -126,5 +150,7 @@ def map_actors(
             compute=ray.data.ActorPoolStrategy(size=size),
             num_cpus=1,
             num_gpus=1 if use_gpu else None,
+            max_restarts=MAX_DEATHS,
+            max_task_retries=MAX_DEATHS,
         )
         yield from mapped.iter_rows()

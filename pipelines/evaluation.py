@@ -19,6 +19,7 @@ from pipelines.report import markdown_table, write_report
 from pipelines.runs import Summary
 from pipelines.sampling import check_sampling
 from pipelines.scoring import BASELINES, METRICS, Dataset, open_dataset, score_dataset
+from pipelines.work import BudgetExceeded
 
 STRIPS = 8
 
@@ -51,18 +52,21 @@ class EvaluateConfig:
     """Ray Data actors, or a plain loop in this process."""
     num_workers: int = 1
     """Actors, one CPU each."""
+    max_dead_share: float = 0.2
+    """Error budget: the job fails (exit 3) when more of the images, and more than one, have no score."""
     limit: int | None = None
     """Score only the first images of the set."""
     dry_run: bool = False
     """Say what would be scored, and stop."""
 
     def __post_init__(self) -> None:
-        check_sampling(self.sampler, self.steps, self.num_threads)
+        check_sampling(self.sampler, self.steps, self.num_threads, seed=self.seed)
         check(self.degradation in DEGRADATIONS, "degradation", self.degradation,
               f"must be one of {', '.join(sorted(DEGRADATIONS))}", "use one of them")  # fmt: skip
         for name in self.baselines:
             check(name in BASELINES, "baselines", name, f"must be among {', '.join(BASELINES)}", "leave it out")
         check(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1", "use 1 or more")
+        check(0 <= self.max_dead_share <= 1, "max_dead_share", self.max_dead_share, "must be from 0 to 1", "use 0.2")
         check(self.limit is None or self.limit >= 1, "limit", self.limit, "must be at least 1", "leave it out for all")
 
     def recipe(self) -> SamplingRecipe:
@@ -71,7 +75,7 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> Summary:
-    """Run the job; return its summary. Raises ValueError."""
+    """Run the job; return its summary. Raises ValueError or BudgetExceeded."""
     from pipelines import tracking
 
     model = resolve(config.model)
@@ -97,6 +101,7 @@ def evaluate(config: EvaluateConfig) -> Summary:
     say(f"evaluate: {model.label} on {len(dataset.items)} images, {recipe.sampler} {recipe.num_steps} steps")
     if config.dry_run:
         return Summary(job="evaluate", run_id="none", status="planned", inputs=len(dataset.items))
+    tracking.connect()  # before the work: a store that is not there is better known at once
     rows = score_dataset(
         dataset,
         model,
@@ -109,19 +114,24 @@ def evaluate(config: EvaluateConfig) -> Summary:
         num_strips=STRIPS,
     )
     metrics, table = summarise(rows, [*config.baselines, "model"])
-    if not metrics:
-        raise ValueError(
-            f"dataset ({config.dataset}) must hold at least one readable image; see the reasons: {rows[:3]}"
-        )
     say(table)
+    if storage.exists(uri):
+        storage.delete(uri)  # of another evaluation, whose files are now replaced
     outputs = _write(config, model, dataset, rows, table, metrics, document)
-    tracking.connect()
+    dead = sum(bool(row["reason"]) for row in rows)
+    if dead > max(1, config.max_dead_share * len(rows)):  # one bad file never fails a job (law 1)
+        raise BudgetExceeded(
+            f"images without a score ({dead} of {len(rows)}) must stay within max_dead_share "
+            f"({config.max_dead_share}); read their reasons in {outputs[0]}, mend the cause, then evaluate again",
+            {"inputs": len(rows), "done": len(rows) - dead, "skipped": 0, "dead": dead},
+        )
+    if not metrics:
+        raise ValueError(f"dataset ({config.dataset}) must hold at least one readable image; see the reason: {rows}")
     params = {**asdict(config), "model_digest": model.digest}
     with tracking.run(f"evaluate {model.label}", params=params) as run_id:
         tracking.log_evaluation(metrics, digest=dataset.digest, source=config.dataset, artifacts=outputs)
     summary = {"identity": identity, "run_id": run_id, "outputs": outputs, "metrics": metrics}
     storage.publish(uri, json.dumps(summary, indent=1).encode())  # last: an evaluation without it did not end
-    dead = sum(bool(row["reason"]) for row in rows)
     return Summary(job="evaluate", run_id=run_id, status="done", inputs=len(rows),
                    done=len(rows) - dead, dead=dead, outputs=outputs, metrics=metrics)  # fmt: skip
 

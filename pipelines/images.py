@@ -34,7 +34,9 @@ REASONS: dict[str, str] = {
     "animated": "more than one frame (GIF, APNG, WebP); a still would silently lose the others",
     "multipage": "more than one full page or view (TIFF, stereo JPEG); the first would silently lose the others",
     "unsupported_mode": "samples that 8-bit grey or RGB cannot hold (16-bit, 32-bit, float, extra bands)",
+    "georeferenced": "a TIFF that says where on Earth it lies; a plain picture would silently lose that",
     "oom": "there was no memory for it",
+    "worker_died": "the process that was at work on it died, more than once",
     "too_large_for_format": "the result has a side that the output format cannot store",
 }
 # What a listing takes for an image: a format that is not read becomes a dead letter, not silence.
@@ -73,6 +75,7 @@ _MODE = re.compile(r"unknown pixel mode|unknown raw mode|cannot handle \d+-|unsu
 _GREY = ("1", "L", "LA", "La")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB")
 _SUBFILE_TYPE, _BITS_PER_SAMPLE, _DNG_VERSION, _ORIENTATION, _MPF_ENTRIES = 254, 258, 50706, 274, 0xB002
+_GEOREFERENCE = (33550, 33922, 34264, 34735)  # GeoTIFF 1.1: pixel scale, tie points, transformation, geo keys
 _pillow_limit = threading.Lock()
 
 
@@ -203,6 +206,8 @@ def _check_header(image: ImageFile.ImageFile, max_pixels: int) -> None:
         raise Refused("decode", "too_large", f"{width} x {height} px is more than the limit of {max_pixels} px")
     if isinstance(image, TiffImageFile) and _DNG_VERSION in image.tag_v2:
         raise Refused("sniff", "unsupported_format", "a DNG camera raw; develop it to TIFF first")
+    if isinstance(image, TiffImageFile) and any(tag in image.tag_v2 for tag in _GEOREFERENCE):
+        raise Refused("decode", "georeferenced", "a GeoTIFF, whose georeference would be lost; strip it if it may be")
     bits = _sample_bits(image)
     if bits > 8 or image.mode not in _GREY + _COLOUR:
         raise Refused("decode", "unsupported_mode", f"{bits}-bit samples, Pillow mode {image.mode}")

@@ -2,8 +2,9 @@
 
 A run creates the next fence file (create-if-absent decides a race) and renews lease.json while it lives. Both hold the
 same document; lease.json counts when it is of the newest fence, otherwise the holder of that fence is just entering.
-A lease that is not renewed in time is dead, and at once when its process was on this machine and is gone. A newer
-fence shuts an older holder out: it asks `check` before each write to the ledger.
+A lease that is not renewed in time is dead, and at once when its process was one of this machine (the same boot and
+pid namespace: containers share host names and pids) and is gone or another by now. A newer fence shuts an older holder
+out: it asks `check` before each write to the ledger.
 """
 
 import json
@@ -12,6 +13,7 @@ import secrets
 import socket
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -72,8 +74,7 @@ class Lease:
             document = json.loads(self._read(newest))
         if document["expires"] <= time.time():
             return None
-        here = document["host"] == socket.gethostname()
-        return None if here and not _alive(int(document["pid"])) else document
+        return None if _is_gone(document) else document
 
     def check(self) -> None:
         """Raise LeaseHeld when another run has taken over."""
@@ -95,7 +96,9 @@ class Lease:
             "fence": self.fence,
             "expires": expires,
             "host": socket.gethostname(),
+            "machine": _machine(),
             "pid": os.getpid(),
+            "started": _started(os.getpid()),
             "token": self._token,
         }
         return json.dumps(document).encode()
@@ -110,11 +113,31 @@ class Lease:
                 say(f"lease: {self._uri} could not be renewed and is tried again: {error}")
 
 
-def _alive(pid: int) -> bool:
+def _machine() -> str:
+    """Return the boot of this kernel and our pid namespace in it, "" where /proc does not tell both."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since the boot; None where /proc does not tell."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[19])  # field 22; the second, a name in brackets, may hold anything
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    """Return whether the holder was a process that this one could see, and has ended. When in doubt it has not."""
+    if holder["host"] != socket.gethostname() or not holder.get("machine") or holder["machine"] != _machine():
         return False
-    except PermissionError:
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
         return True
-    return True
+    except PermissionError:  # another user's
+        pass
+    return _started(holder["pid"]) not in (None, holder["started"])

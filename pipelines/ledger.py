@@ -7,6 +7,7 @@ The object is written before its receipt. A kill between the two redoes an idemp
 """
 
 import io
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ RECEIPT_SCHEMA = pa.schema(
 )
 PLAN_SCHEMA = pa.schema([("unit_id", pa.string()), ("key", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
 LISTING_SCHEMA = pa.schema([("key", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
+SEGMENT = re.compile(r"\d{10}-\d{6}\.parquet")  # a stray file of some desktop is no segment
 OUTPUT_LOST = "output_lost"  # written by verify; the next run redoes the asset
 
 
@@ -73,7 +75,7 @@ class Ledger:
     def segments(self) -> list[str]:
         """Return the segments' URIs, oldest first: fences and counters are zero-padded, so names sort by time."""
         folder = storage.join(self.root, "ledger")
-        return [storage.join(folder, name) for name in storage.list_names(folder)]
+        return [storage.join(folder, name) for name in storage.list_names(folder) if SEGMENT.fullmatch(name)]
 
     def rows(self) -> pa.Table:
         """Return every receipt, oldest first, with its position in column `order`."""
@@ -166,14 +168,18 @@ class Plan:
         self.fence = int(metadata[b"fence"])
 
     @property
+    def root(self) -> str:
+        """The `_diffsr` folder that the plan lies in."""
+        return self.uri.rpartition("/plans/")[0]
+
+    @property
     def num_units(self) -> int:
         """Number of units (row groups)."""
         return int(self.file.num_row_groups)
 
-    @property
-    def num_inputs(self) -> int:
-        """Number of assets in all units."""
-        return int(self.file.metadata.num_rows)
+    def num_assets(self, indices: Iterable[int]) -> int:
+        """Number of assets in these units."""
+        return sum(int(self.file.metadata.row_group(index).num_rows) for index in indices)
 
     def unit(self, index: int) -> list[dict[str, Any]]:
         """Return unit `index` as rows of PLAN_SCHEMA."""
@@ -204,4 +210,4 @@ def save_plan(ledger: Ledger, units: Iterable[pa.Table], *, recipe: str, model: 
 def open_plans(ledger: Ledger) -> list[Plan]:
     """Return the plans that were not committed."""
     folder = storage.join(ledger.root, "plans")
-    return [Plan(storage.join(folder, name)) for name in storage.list_names(folder)]
+    return [Plan(storage.join(folder, name)) for name in storage.list_names(folder) if name.endswith(".parquet")]

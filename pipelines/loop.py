@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch import nn
 from diffsr_core import presets
 from diffsr_core.checkpoint import model_files
 from diffsr_core.family import SuperResolver
-from diffsr_core.training import Trainer, TrainingRecipe
+from diffsr_core.training import DivergedError, Trainer, TrainingRecipe
 from diffsr_core.validation import validate
 from pipelines import storage
 from pipelines.checkpoints import load_newest, save_checkpoint
 from pipelines.engine import say
 from pipelines.images import encode_lossless
 from pipelines.manifest import Manifest, PairReader, load_manifest
+from pipelines.runs import TrainingFailed
 
 Report = Callable[[dict[str, float]], None]
 
@@ -40,9 +42,20 @@ class LoopConfig:
 
 
 def ray_loop(arguments: dict[str, Any]) -> None:
-    """What each Ray Train worker runs: `loop` is a LoopConfig, `reports` a queue to the driver."""
+    """What each Ray Train worker runs: `loop` is a LoopConfig, `reports` a queue to the driver.
+
+    A driver that wants no more of this run has closed the queue: a report then raises, and a restarted worker returns.
+    A training that diverges would diverge again, so its message goes to the driver, which closes the queue.
+    """
     import ray.train
     import ray.train.torch
+    from ray.exceptions import RayActorError
+
+    reports = arguments["reports"]
+    try:
+        reports.qsize()
+    except RayActorError:
+        return
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -56,10 +69,52 @@ def ray_loop(arguments: dict[str, Any]) -> None:
 
     def report(metrics: dict[str, float]) -> None:
         if rank == 0:
-            arguments["reports"].put(metrics)
+            reports.put(metrics)
         ray.train.report(metrics)
 
-    train_loop(arguments["loop"], rank=rank, world=world, device=str(device), report=report, wrap=wrap)
+    try:
+        train_loop(arguments["loop"], rank=rank, world=world, device=str(device), report=report, wrap=wrap)
+    except DivergedError as error:
+        reports.put(str(error))
+        raise
+
+
+class Pump(threading.Thread):
+    """For the body of a with: hands what the workers put into a queue to `report`, in a thread of the driver.
+
+    What report raises, and a message of a worker that nothing can be gained from a retry, closes the queue (by which
+    the workers know that they are to stop) and is raised at the end of the body, in place of what the body raised.
+    """
+
+    def __init__(self, reports: Any, report: Report) -> None:
+        super().__init__(daemon=True)
+        self.reports, self.report = reports, report
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Report until None comes."""
+        import ray
+
+        try:
+            while (item := self.reports.get()) is not None:
+                if isinstance(item, str):
+                    raise TrainingFailed(item)
+                self.report(item)
+        except BaseException as error:
+            self.error = error
+            ray.kill(self.reports.actor)
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        from ray.exceptions import RayActorError
+
+        with suppress(RayActorError):  # it is closed, or its machine is gone: the thread knows that too
+            self.reports.put(None)
+        self.join()
+        if self.error is not None:
+            raise self.error
 
 
 def train_loop(
@@ -73,7 +128,9 @@ def train_loop(
 ) -> None:
     """Train to the end from the newest whole checkpoint. Rank 0 writes; every rank reports alike (a barrier).
 
-    The reported loss is the mean over this worker's share of the batches since the last report.
+    The reported loss is the mean over this worker's share of the batches since the last report. Where no step is left
+    the newest checkpoint's report is made again: it may have been lost with the process that wrote the checkpoint.
+    Raises DivergedError.
     """
     manifest, recipe = load_manifest(config.pairs), config.recipe
     torch.manual_seed(recipe.seed)
@@ -83,9 +140,11 @@ def train_loop(
     trainer = Trainer(model, recipe, rank=rank, device=device, wrap=wrap)
     saved = load_newest(config.output)
     if saved is not None:
-        trainer.load_state(*saved)
+        trainer.load_state(*saved[:4])
         if rank == 0:
             say(f"train: continues at step {trainer.step}")
+        if trainer.done and saved[4]:
+            report(saved[4])
     share = recipe.batch_size // world
     reader = PairReader(config.pairs, manifest, "train", seed=recipe.seed)
     batches = prefetch(
@@ -102,7 +161,7 @@ def train_loop(
         if checkpoint or trainer.step % config.log_every == 0:
             metrics |= {**window.means(recipe.batch_size), "step": trainer.step}
             if checkpoint and rank == 0:
-                metrics |= _checkpoint(config, manifest, trainer)
+                metrics = _checkpoint(config, manifest, trainer, metrics)
             report(metrics)
             window = _Window()
 
@@ -123,8 +182,11 @@ class _Window:
         }
 
 
-def _checkpoint(config: LoopConfig, manifest: Manifest, trainer: Trainer) -> dict[str, float]:
-    """Save, validate and draw; return validation metrics."""
+def _checkpoint(
+    config: LoopConfig, manifest: Manifest, trainer: Trainer, metrics: dict[str, float]
+) -> dict[str, float]:
+    """Validate, draw and save; return the metrics with those of the validation. The checkpoint holds them too."""
+    metrics = {**metrics, **_validate(config, manifest, trainer)}
     files = model_files(
         trainer.model.config,
         trainer.model.state_dict(),
@@ -132,7 +194,12 @@ def _checkpoint(config: LoopConfig, manifest: Manifest, trainer: Trainer) -> dic
         preset=config.preset,
         card=_card(config, manifest),
     )
-    save_checkpoint(config.output, files, *trainer.state(), keep=config.keep)
+    save_checkpoint(config.output, files, *trainer.state(), metrics=metrics, keep=config.keep)
+    return metrics
+
+
+def _validate(config: LoopConfig, manifest: Manifest, trainer: Trainer) -> dict[str, float]:
+    """Validate and draw; return validation metrics."""
     if not manifest.num_pairs("val"):
         return {}
     reader = PairReader(config.pairs, manifest, "val", seed=0)
@@ -167,21 +234,21 @@ def prefetch(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield this rank's slice of the batches of steps first..last-1, decoded ahead in a thread (codecs free the GIL).
 
-    Raises what the reader raised.
+    Raises what the reader raised, whatever it was: a thread that died silently would be waited for without end.
     """
-    ready: queue.Queue[tuple[np.ndarray, np.ndarray] | Exception] = queue.Queue(maxsize=ahead)
+    ready: queue.Queue[tuple[np.ndarray, np.ndarray] | BaseException] = queue.Queue(maxsize=ahead)
 
     def fill() -> None:
         try:
             for step in range(first, last):
                 start = step * batch_size + rank * share
                 ready.put(reader.batch(range(start, start + share)))
-        except (OSError, ValueError) as error:
+        except BaseException as error:
             ready.put(error)
 
     threading.Thread(target=fill, daemon=True).start()
     for _ in range(first, last):
         item = ready.get()
-        if isinstance(item, Exception):
+        if isinstance(item, BaseException):
             raise item
         yield item

@@ -1,5 +1,6 @@
 """How a model reference becomes files: a folder or URI, or an entry of the MLflow registry."""
 
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,8 +41,8 @@ def resolve(ref: str) -> ResolvedModel:
         from pipelines import tracking  # MLflow takes a second to import, and a folder needs none of it
 
         entry = tracking.version_of(ref)
-        path = tracking.download(entry)
-        files = load_files(str(Path(path) / "artifacts" / "model"))
+        with tempfile.TemporaryDirectory(prefix="diffsr-") as folder:
+            files = load_files(str(Path(tracking.download(entry, folder)) / "artifacts" / "model"))
         return ResolvedModel(
             ref=ref, files=files, digest=_digest(ref, files), name=entry.name, version=int(entry.version)
         )

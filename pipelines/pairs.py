@@ -76,6 +76,7 @@ class PairsConfig:
             f"use {max(1, self.patch // self.scale) * self.scale}",
         )
         check(self.max_per_image >= 1, "max_per_image", self.max_per_image, "must be at least 1", "use 1 or more")
+        check(0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2^63 - 1", "use 0")
         check(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1", "use 1 or more")
         check(self.unit_megabytes > 0, "unit_megabytes", self.unit_megabytes, "must be above 0", "use 64")
         check(self.max_megapixels > 0, "max_megapixels", self.max_megapixels, "must be above 0", "use 100")
@@ -142,8 +143,13 @@ def make_pairs(config: PairsConfig) -> Summary:
 
 
 def _refuse_another_recipe(output: str, recipe: dict[str, Any]) -> None:
+    """Raise ValueError when the output is, or was begun as, a set of other settings."""
     uri = storage.join(output, "manifest.json")
     if not storage.exists(uri):
+        if set(Ledger(output).latest()["recipe"].to_pylist()) - {fingerprint(recipe)}:
+            raise ValueError(
+                f"output ({output}) was begun with another recipe and not finished: choose another --output"
+            )
         return
     found = json.loads(storage.read_bytes(uri))["recipe"]
     differing = sorted(name for name in recipe.keys() | found.keys() if recipe.get(name) != found.get(name))
@@ -158,7 +164,8 @@ def build_manifest(ledger: Ledger, recipe: dict[str, Any]) -> Manifest:
     A source counts in the shard of its latest receipt; in the shards of its earlier ones it is dropped. A shard that
     was made again is described by its latest receipts.
     """
-    rows = [row for row in ledger.rows().to_pylist() if row["status"] == "done"]
+    ours = fingerprint(recipe)
+    rows = [row for row in ledger.rows().to_pylist() if row["status"] == "done" and row["recipe"] == ours]
     latest = {row["key"]: row for row in ledger.latest().to_pylist()}
     made = {row["out_key"]: row for row in rows}
     splits = {name: dict.fromkeys(SPLITS, 0) for name in made}

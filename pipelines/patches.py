@@ -1,5 +1,6 @@
 """One unit of the pairs job: sources in, one Parquet file of LR-HR patches out, a receipt per source."""
 
+import hashlib
 import math
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from PIL import Image
 from diffsr_core.degradation import Degradation, crop_to_multiple
 from pipelines import storage
 from pipelines.config import fingerprint
+from pipelines.engine import Enter
 from pipelines.images import Refused, decode, encode_lossless
 from pipelines.ledger import Receipt
 from pipelines.manifest import PAIR_SCHEMA
@@ -32,7 +34,7 @@ class PairsWorker:
         self.fingerprint = fingerprint(recipe)
         self.degradation = Degradation(recipe["degradation"], recipe["scale"])
 
-    def __call__(self, rows: list[dict[str, Any]]) -> list[Receipt]:
+    def __call__(self, rows: list[dict[str, Any]], enter: Enter) -> list[Receipt]:
         unit_id = rows[0]["unit_id"]
         pairs: list[dict[str, Any]] = []
         receipts: list[dict[str, Any]] = []
@@ -45,6 +47,7 @@ class PairsWorker:
                 "started": started,
             }
             try:
+                enter(row["key"])
                 made, dropped = self.pairs_of(row)
                 pairs += made
                 counts = Counter(f"pairs_{pair['split']}" for pair in made)
@@ -133,9 +136,10 @@ class PairsWorker:
                 use_dictionary=["source_key", "source_etag", "hr_codec", "lr_codec", "degradation", "split"],
                 write_page_checksum=True,
             )
-            data = path.read_bytes()
-        storage.publish(storage.join(self.output, name), data)
-        return storage.digest_bytes(data), len(data)
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            storage.publish_file(storage.join(self.output, name), path)
+            return sha256, path.stat().st_size
 
 
 def _leaves() -> list[str]:

@@ -27,21 +27,34 @@ def target_format(source_format: str, wanted: str) -> str:
 
 
 def upscale_picture(
-    upscaler: Upscaler, data: bytes, *, format: str = "keep", quality: int = 95, max_pixels: int = 4_000_000
+    upscaler: Upscaler, data: bytes, *, format: str = "keep", quality: int = 95, max_pixels: int = 1_500_000
 ) -> UpscaledPicture:
     """Return the SR of an encoded image. Noise is keyed by the content's digest. Raises Refused.
 
-    Alpha is enlarged by bicubic, colour by the model; grey stays grey; the ICC profile is kept. lr_psnr is measured on
-    the decoded published file (law 4).
+    Alpha is enlarged by bicubic, colour by the model; grey stays grey; the ICC profile is kept, but a grey picture's is
+    not written into a WebP, which has no grey. lr_psnr is measured on the decoded published file (law 4). What does not
+    fit into memory is Refused (law 3), never tried in another shape.
     """
+    try:
+        return _upscale(upscaler, data, format=format, quality=quality, max_pixels=max_pixels)
+    except (MemoryError, RuntimeError) as error:
+        # torch has a type of its own for CUDA only; on a CPU it is a RuntimeError with these words.
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise Refused("upscale", "oom", f"{type(error).__name__}: {error}"[:300]) from error
+        raise
+
+
+def _upscale(upscaler: Upscaler, data: bytes, *, format: str, quality: int, max_pixels: int) -> UpscaledPicture:
     picture = decode(data, max_pixels=max_pixels)
     scale = upscaler.model.config.scale
     chosen = target_format(picture.format, format)
     if picture.alpha is not None and chosen == "JPEG":
         raise Refused("encode", "alpha", "JPEG cannot store its transparency; choose png, webp or tiff")
-    sr = _upscale(upscaler, picture.pixels, digest=storage.digest_bytes(data))
+    sr = upscaler(picture.pixels, digest=storage.digest_bytes(data)).sr
     alpha = None if picture.alpha is None else bicubic(picture.alpha[:, :, None], scale)[:, :, 0]
-    encoded = encode(replace(picture, pixels=sr, alpha=alpha, format=chosen), format=chosen, quality=quality)
+    icc = None if chosen == "WEBP" and sr.shape[2] == 1 else picture.icc
+    enlarged = replace(picture, pixels=sr, alpha=alpha, icc=icc, format=chosen)
+    encoded = encode(enlarged, format=chosen, quality=quality)
     published = decode(encoded, max_pixels=sr.shape[0] * sr.shape[1])
     lr = np.broadcast_to(picture.pixels, (*picture.pixels.shape[:2], published.pixels.shape[2]))  # WebP has no grey
     metrics = {
@@ -49,17 +62,6 @@ def upscale_picture(
         "colour_drift": float(np.abs(means(published) - means(picture)).max()),
     }
     return UpscaledPicture(encoded, chosen, picture.format, metrics)
-
-
-def _upscale(upscaler: Upscaler, pixels: np.ndarray[Any, Any], *, digest: str) -> np.ndarray[Any, Any]:
-    """Return the SR pixels; what does not fit into memory is Refused (law 3), never tried in another shape."""
-    try:
-        return upscaler(pixels, digest=digest).sr
-    except (MemoryError, RuntimeError) as error:
-        # torch has a type of its own for CUDA only; on a CPU it is a RuntimeError with these words.
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            raise Refused("upscale", "oom", str(error)[:300]) from error
-        raise
 
 
 def means(picture: Picture) -> np.ndarray[Any, Any]:

@@ -26,13 +26,13 @@ class PromoteConfig:
     model: str = field(metadata={"unit": "NAME"})
     """Name of the registered model."""
     challenger: int | None = None
-    """Version to promote; default: the newest."""
+    """Version to promote; default: the newest that was not rolled back."""
     dataset: str | None = field(default=None, metadata={"unit": "URI"})
     """Folder of HR images, or a pair set; needed unless --rollback."""
     output: str = field(default="diffsr-promotion", metadata={"unit": "URI"})
     """Where the verdict is written (workers read the models from below it)."""
     rollback: bool = False
-    """Give the alias back to the previous champion."""
+    """Give the alias back to the previous champion; the version that loses it is only promoted again by its number."""
     split: str = "test"
     """Split of a pair set that is scored."""
     degradation: str = "bicubic"
@@ -63,7 +63,7 @@ class PromoteConfig:
     """Say what would be compared, and stop."""
 
     def __post_init__(self) -> None:
-        check_sampling(self.sampler, self.steps, self.num_threads)
+        check_sampling(self.sampler, self.steps, self.num_threads, seed=self.seed)
         check(self.rollback or self.dataset is not None, "dataset", self.dataset, "must be given", "use --dataset URI")
         check(self.primary in METRICS, "primary", self.primary, f"must be one of {', '.join(METRICS)}", "use psnr_y")
         check(self.challenger is None or self.challenger >= 1, "challenger", self.challenger,
@@ -130,9 +130,17 @@ def _rollback(config: PromoteConfig, client: Any, champion: int | None) -> Summa
 
     previous = tracking.alias_version(client, config.model, tracking.PREVIOUS)
     if previous is None or champion is None:
-        raise ValueError(f"model ({config.model}) must have a previous champion to roll back to; it has none")
+        raise ValueError(
+            f"model ({config.model}) must have a previous champion to roll back to; it has none: to move the alias "
+            "further, promote a version with --challenger"
+        )
+    if previous == champion:  # a promotion or a rollback was killed between its two writes
+        raise ValueError(
+            f"model ({config.model}) must have a previous champion other than the champion, v{champion}: an earlier "
+            "promotion or rollback was cut short; promote the version that you want with --challenger"
+        )
     if not config.dry_run:
-        tracking.move_champion(client, config.model, previous, expected=champion, evidence="rollback")
+        tracking.restore_champion(client, config.model, previous, expected=champion)
     verb = "would be" if config.dry_run else "is"
     say(f"promote: {config.model} v{previous} {verb} the champion again, not v{champion}")
     return Summary(job="promote", run_id="none", status="planned" if config.dry_run else "done", inputs=1,

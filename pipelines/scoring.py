@@ -18,7 +18,7 @@ from diffsr_core.degradation import Degradation, crop_to_multiple
 from diffsr_core.metrics import lr_psnr, psnr, rgb_to_y, ssim
 from diffsr_core.upscaler import SamplingRecipe, Upscaler, bicubic
 from pipelines import storage
-from pipelines.engine import map_actors, progress
+from pipelines.engine import check_engine, map_actors, progress
 from pipelines.images import SUFFIXES, Refused, decode, decode_lossless, encode_lossless
 from pipelines.manifest import iter_pairs, load_manifest, read_pair
 from pipelines.models import ResolvedModel, load_files, publish_model
@@ -179,6 +179,7 @@ def score_dataset(
 def _rows(
     work: list[dict[str, Any]], arguments: dict[str, Any], engine: str, num_workers: int
 ) -> Iterator[dict[str, Any]]:
+    check_engine(engine, num_workers)
     if engine == "local":
         scorer = Scorer(**arguments)
         for item in work:

@@ -194,11 +194,14 @@ def content_etag(data: bytes) -> str:
 
 
 def list_names(uri: Uri) -> list[str]:
-    """Return the sorted keys below `uri`; none where there is no such folder. For our own small folders."""
-    try:
-        return sorted(item.key for item in list_objects(uri))
-    except ValueError:
-        return []
+    """Return the sorted keys below `uri`, none where there is no such folder; reads no content. For our own folders."""
+    filesystem, root = open_filesystem(uri)
+    if isinstance(filesystem, LocalFileSystem):
+        found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+        keys = [os.path.relpath(path, root).replace(os.sep, "/") for path in found]
+    else:
+        keys = [path.removeprefix(f"{root}/") for path in filesystem.find(root)]
+    return sorted(key for key in keys if not key.rpartition("/")[2].startswith(_TEMPORARY))
 
 
 def digest_bytes(data: bytes) -> str:

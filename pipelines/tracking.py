@@ -5,7 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,24 @@ from pipelines.images import decode_lossless
 from pipelines.manifest import Manifest
 
 CHAMPION, PREVIOUS = "champion", "previous_champion"
+ROLLED_BACK = "diffsr.rolled_back"  # tag of a version that was champion and was rolled back from
 EXPERIMENT = "diffsr"
 
 
 def connect() -> mlflow.MlflowClient:
     """Return a client of the store that MLFLOW_TRACKING_URI names; without one, ./mlflow.db and ./mlruns.
 
-    A relative SQLite path is made absolute, so that workers in other folders mean the same store.
+    A relative SQLite path is made absolute, so that workers in other folders mean the same store. Raises ValueError for
+    a job of a cluster that names no store: its own folder, and a store in it, goes with the job.
     """
+    if os.environ.get("RAY_ADDRESS") and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ValueError(
+            "MLFLOW_TRACKING_URI (not set) must name an MLflow server when the job runs on a cluster (RAY_ADDRESS is "
+            "set), or its models and runs would be lost with the job's folder; set it in the job's runtime environment"
+        )
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///")).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,8 +80,8 @@ def log_pairs(pairs: str, manifest: Manifest, *, context: str) -> None:
     mlflow.log_input(_dataset(pairs, "pairs", manifest.digest), context=context)
 
 
-def log_model(files: Mapping[str, bytes], *, example: bytes, register: str | None) -> tuple[str, int | None]:
-    """Log a model folder with its pyfunc face under the current run; return (model URI, registered version)."""
+def log_model(files: Mapping[str, bytes], *, example: bytes) -> str:
+    """Log a model folder with its pyfunc face under the current run; return the model's URI."""
     here = Path(__file__).resolve().parent
     with tempfile.TemporaryDirectory(prefix="diffsr-") as folder:
         home = Path(folder) / "model"  # MLflow keeps this name: resolve() finds the folder by it
@@ -86,10 +93,31 @@ def log_model(files: Mapping[str, bytes], *, example: bytes, register: str | Non
             code_paths=[str(here), str(here.parent / "diffsr_core")],
             input_example=[example],
             pip_requirements=["torch", "numpy", "pillow", "safetensors", "fsspec"],
-            registered_model_name=register,
         )
-    version = info.registered_model_version
-    return str(info.model_uri), None if version is None else int(version)
+    return str(info.model_uri)
+
+
+def find_version(client: mlflow.MlflowClient, name: str, *, run_id: str) -> ModelVersion | None:
+    """Return the newest version of a name that a run has registered, or None."""
+    found = [entry for entry in client.search_model_versions(f"run_id='{run_id}'") if entry.name == name]
+    return max(found, key=lambda entry: int(entry.version), default=None)
+
+
+def register_model(uri: str, name: str) -> int:
+    """Register a logged model as the next version of a name; ValueError when this store does not have the model."""
+    try:
+        return int(mlflow.register_model(uri, name).version)
+    except MlflowException as error:
+        if not _is_missing(error):
+            raise
+        raise ValueError(
+            f"model ({uri}) must be in the store at {mlflow.get_tracking_uri()} to be registered: "
+            "set MLFLOW_TRACKING_URI to the store that it was trained with"
+        ) from error
+
+
+def _is_missing(error: MlflowException) -> bool:
+    return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
 
 
 def version_of(ref: str) -> ModelVersion:
@@ -107,17 +135,23 @@ def version_of(ref: str) -> ModelVersion:
         ) from None
 
 
-def download(entry: ModelVersion) -> str:
-    """Return a folder of this machine with the files of a registered version."""
-    return str(mlflow.artifacts.download_artifacts(f"models:/{entry.name}/{entry.version}"))
+def download(entry: ModelVersion, folder: str) -> str:
+    """Copy the files of a registered version into a folder of this machine; return where they lie in it."""
+    return str(mlflow.artifacts.download_artifacts(f"models:/{entry.name}/{entry.version}", dst_path=folder))
 
 
 def alias_version(client: mlflow.MlflowClient, name: str, alias: str) -> int | None:
-    """Return the version that an alias points to, or None."""
-    with suppress(MlflowException):
+    """Return the version that an alias points to, or None where there is no such alias or model.
+
+    Any other error of the registry passes through: read as "no champion" it would let any model in.
+    """
+    try:
         value = client.get_registered_model(name).aliases.get(alias)
-        return None if value is None else int(value)
-    return None
+    except MlflowException as error:
+        if _is_missing(error):
+            return None
+        raise
+    return None if value is None else int(value)
 
 
 class Reporter:
@@ -162,12 +196,21 @@ def log_evaluation(metrics: Mapping[str, float], *, digest: str, source: str, ar
 
 
 def newest_version(client: mlflow.MlflowClient, name: str) -> int:
-    """Return the highest version of a registered model; ValueError when there is none."""
-    versions = [int(entry.version) for entry in client.search_model_versions(f"name='{name}'")]
-    if not versions:
+    """Return the highest version of a registered model that was not rolled back; ValueError when there is none."""
+    found = client.search_model_versions(f"name='{name}'")
+    if not found:
         raise ValueError(
             f"model ({name}) must have a registered version at {mlflow.get_tracking_uri()}; train one first"
         )
+    versions = [int(entry.version) for entry in found if ROLLED_BACK not in entry.tags]
+    if not versions:
+        raise ValueError(
+            f"model ({name}) must have a version that was not rolled back: train one, or name one with --challenger"
+        )
+    passed = sorted(int(entry.version) for entry in found if int(entry.version) > max(versions))
+    if passed:
+        names = ", ".join(f"v{version}" for version in passed)
+        say(f"promote: {name} {names} was rolled back and is passed over; --challenger would name it")
     return max(versions)
 
 
@@ -175,13 +218,32 @@ def move_champion(client: mlflow.MlflowClient, name: str, version: int, *, expec
     """Point the champion alias at a version and keep the old one as previous_champion.
 
     MLflow has no compare-and-swap for aliases: the alias is read again just before the write, and a champion that is
-    not the one that was judged is a ValueError.
+    not the one that was judged is a ValueError. The alias moves last: killed before, the champion is the old one with
+    its evidence, previous_champion at most names it as well, and the same promotion goes through.
     """
-    found = alias_version(client, name, CHAMPION)
-    if found != expected:
-        raise ValueError(f"champion (v{found}) must still be the one that was compared (v{expected}); promote again")
+    _check_champion(client, name, expected)
+    client.set_model_version_tag(name, str(version), "diffsr.evidence", evidence)
+    client.set_model_version_tag(name, str(version), "diffsr.promoted_from", str(expected))
     if expected is not None:
         client.set_registered_model_alias(name, PREVIOUS, str(expected))
     client.set_registered_model_alias(name, CHAMPION, str(version))
-    client.set_model_version_tag(name, str(version), "diffsr.evidence", evidence)
-    client.set_model_version_tag(name, str(version), "diffsr.promoted_from", str(expected))
+    if ROLLED_BACK in client.get_model_version(name, str(version)).tags:
+        client.delete_model_version_tag(name, str(version), ROLLED_BACK)
+
+
+def restore_champion(client: mlflow.MlflowClient, name: str, version: int, *, expected: int) -> None:
+    """Give the champion alias back to the previous champion, and mark the one that loses it as rolled back.
+
+    There is no previous champion afterwards: a second rollback must not bring the bad version back. Killed after the
+    mark, the same rollback goes through; killed after the move, previous_champion names the champion itself.
+    """
+    _check_champion(client, name, expected)
+    client.set_model_version_tag(name, str(expected), ROLLED_BACK, f"to v{version}")
+    client.set_registered_model_alias(name, CHAMPION, str(version))
+    client.delete_registered_model_alias(name, PREVIOUS)
+
+
+def _check_champion(client: mlflow.MlflowClient, name: str, expected: int | None) -> None:
+    found = alias_version(client, name, CHAMPION)
+    if found != expected:
+        raise ValueError(f"champion (v{found}) must still be the one that was compared (v{expected}); promote again")

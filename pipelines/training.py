@@ -2,23 +2,23 @@
 
 import json
 import math
-import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from diffsr_core import presets
-from diffsr_core.training import TrainingRecipe
+from diffsr_core.training import DivergedError, TrainingRecipe
 from pipelines import storage
-from pipelines.checkpoints import newest_files
+from pipelines.checkpoints import newest_files, newest_step
 from pipelines.config import check, fingerprint
 from pipelines.engine import cluster, say
 from pipelines.images import encode_lossless
 from pipelines.lease import Lease
-from pipelines.loop import LoopConfig, Report, ray_loop, train_loop
+from pipelines.loop import LoopConfig, Pump, ray_loop, train_loop
 from pipelines.manifest import Manifest, PairReader, load_manifest
 from pipelines.models import MODEL_FILES, publish_files
 from pipelines.runs import Summary, TrainingFailed, new_run_id
+from pipelines.sampling import check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,7 @@ class TrainConfig:
             check(value is None or value >= 1, name, value, "must be at least 1", "use 1 or more")
         check(self.encoder_steps is None or self.encoder_steps >= 0, "encoder_steps", self.encoder_steps,
               "must be at least 0", "use 0 to skip that stage")  # fmt: skip
+        check_seed(self.seed)
         check(self.max_failures >= 0, "max_failures", self.max_failures, "must be at least 0", "use 0 or more")
         check(self.cpus_per_worker > 0, "cpus_per_worker", self.cpus_per_worker, "must be above 0", "use 0.5 or 1")
         check(self.engine == "ray" or self.num_workers == 1, "num_workers", self.num_workers,
@@ -97,63 +98,124 @@ class TrainConfig:
 
 
 def train(config: TrainConfig) -> Summary:
-    """Run the job; return its summary. Raises ValueError, LeaseHeld or DivergedError."""
-    from pipelines import tracking
+    """Run the job; return its summary. Raises ValueError, LeaseHeld or TrainingFailed, also for a loss that diverges.
 
-    manifest = load_manifest(config.pairs)
-    recipe, preset = config.recipe(), presets.get(config.preset)
+    Training ends with a logged model and a summary in run.json; to register it is a step of its own, done once for
+    each name, also later by the same command with --register.
+    """
+    manifest, recipe = load_manifest(config.pairs), config.recipe()
     _check_pairs(config, manifest)
     identity = fingerprint({"preset": config.preset, "recipe": asdict(recipe), "data": manifest.digest})
-    run_uri = storage.join(config.output, "run.json")
-    run: dict[str, Any] = json.loads(storage.read_bytes(run_uri)) if storage.exists(run_uri) else {}
-    if run and run["identity"] != identity:
-        raise ValueError(
-            f"output ({config.output}) must belong to the same preset, settings and pairs; it is another run's: "
-            "choose another --output"
-        )
-    model_uri = storage.join(config.output, "model")
-    if run.get("summary"):
-        say(f"train: nothing to do, all {recipe.num_steps} steps are done")
-        return Summary(
-            **{**run["summary"], "inputs": 0, "done": 0, "unchanged": run["summary"]["inputs"], "seconds": 0.0}
-        )
-    parts = ", then ".join(f"{stage.num_steps} steps of {stage.name}" for stage in recipe.stages)
-    say(f"train: {config.preset} ({preset.params:,} weights): {parts}; batch {recipe.batch_size}, "
-        f"{manifest.num_pairs('train')} pairs")  # fmt: skip
     if config.dry_run:
+        if "summary" in _read_run(config.output, identity):
+            say(f"train: nothing to train, all {recipe.num_steps} steps are done")
+            return Summary(job="train", run_id="none", status="planned", unchanged=recipe.num_steps)
+        _announce(config, manifest)
         return Summary(job="train", run_id="none", status="planned", inputs=recipe.num_steps)
-    tracking.connect()
-    with Lease(config.output, run_id=new_run_id("train")):
-        params = {**asdict(config), **asdict(recipe), "weights": preset.params, "data_digest": manifest.digest}
-        started = time.monotonic()
-        with tracking.run(f"train {config.preset}", run_id=run.get("mlflow_run"), params=params) as run_id:
-            if not run:
-                tracking.log_pairs(config.pairs, manifest, context="training")
-            storage.publish(run_uri, json.dumps({"identity": identity, "mlflow_run": run_id}).encode())
-            metrics = _run(config, tracking.Reporter(run_id, recipe.num_steps, output=config.output))
-            files = newest_files(config.output)
-            assert files is not None, "the loop ends with a checkpoint"
-            files = {name: files[name] for name in MODEL_FILES}
-            publish_files(model_uri, files)
-            example = encode_lossless(PairReader(config.pairs, manifest, "train", seed=0).pair(0)[1], "png")
-            uri, version = tracking.log_model(files, example=example, register=config.register)
-        summary = Summary(
-            job="train",
-            run_id=run_id,
-            status="done",
-            inputs=recipe.num_steps,
-            done=recipe.num_steps,
-            seconds=round(time.monotonic() - started, 3),
-            outputs=[model_uri, uri] + ([f"models:/{config.register}/{version}"] if version is not None else []),
-            metrics=metrics,
-        )
-        document = {"identity": identity, "mlflow_run": run_id, "summary": _fields(summary)}
-        storage.publish(run_uri, json.dumps(document).encode())
+    with Lease(config.output, run_id=new_run_id("train")) as lease:
+        run = _read_run(config.output, identity)
+        finished = "summary" in run
+        if not finished:
+            _announce(config, manifest)
+            run = _train(config, manifest, lease, {"identity": identity, **run})
+        registered = config.register is not None and _register(config, lease, run)
+        if finished and not registered:
+            say(f"train: nothing to do, all {recipe.num_steps} steps are done")
+        summary = Summary(**run["summary"])
+    if finished:
+        return replace(summary, inputs=0, done=0, unchanged=recipe.num_steps, seconds=0.0)
     return summary
 
 
-def _fields(summary: Summary) -> dict[str, Any]:
-    return {name: value for name, value in asdict(summary).items() if name != "exit_code"}
+def _run_uri(output: str) -> str:
+    return storage.join(output, "run.json")
+
+
+def _read_run(output: str, identity: str) -> dict[str, Any]:
+    """Return what run.json says: identity, mlflow_run and, when training has ended, summary; {} before the first."""
+    uri = _run_uri(output)
+    run: dict[str, Any] = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+    if run and run["identity"] != identity:
+        raise ValueError(
+            f"output ({output}) must belong to the same preset, settings and pairs; it is another run's: "
+            "choose another --output"
+        )
+    return run
+
+
+def _announce(config: TrainConfig, manifest: Manifest) -> None:
+    recipe, preset = config.recipe(), presets.get(config.preset)
+    parts = ", then ".join(f"{stage.num_steps} steps of {stage.name}" for stage in recipe.stages)
+    say(f"train: {config.preset} ({preset.params:,} weights): {parts}; batch {recipe.batch_size}, "
+        f"{manifest.num_pairs('train')} pairs")  # fmt: skip
+
+
+def _train(config: TrainConfig, manifest: Manifest, lease: Lease, run: dict[str, Any]) -> dict[str, Any]:
+    """Train to the end, publish and log the model; return run.json with its summary, published last."""
+    from pipelines import tracking
+
+    client = tracking.connect()
+    recipe, uri = config.recipe(), _run_uri(config.output)
+    params = {**asdict(config), **asdict(recipe), "weights": presets.get(config.preset).params,
+              "data_digest": manifest.digest}  # fmt: skip
+    started, first = time.monotonic(), newest_step(config.output)
+    with tracking.run(f"train {config.preset}", run_id=run.get("mlflow_run"), params=params) as run_id:
+        if "mlflow_run" not in run:
+            tracking.log_pairs(config.pairs, manifest, context="training")
+        run = {**run, "mlflow_run": run_id}
+        lease.check()
+        storage.publish(uri, json.dumps(run).encode())
+        metrics = _run(config, lease, tracking.Reporter(run_id, recipe.num_steps, output=config.output))
+        files = newest_files(config.output)
+        assert files is not None, "the loop ends with a checkpoint"
+        files = {name: files[name] for name in MODEL_FILES}
+        model_uri = storage.join(config.output, "model")
+        lease.check()
+        publish_files(model_uri, files)
+        lease.check()
+        # A run that was killed before its summary may have logged and registered this very model already.
+        known = None if config.register is None else tracking.find_version(client, config.register, run_id=run_id)
+        if known is None:
+            example = encode_lossless(PairReader(config.pairs, manifest, "train", seed=0).pair(0)[1], "png")
+            logged = tracking.log_model(files, example=example)
+        else:
+            logged = str(known.source)
+    summary = Summary(
+        job="train",
+        run_id=run_id,
+        status="done",
+        inputs=recipe.num_steps - first,
+        done=recipe.num_steps - first,
+        unchanged=first,
+        seconds=round(time.monotonic() - started, 3),
+        outputs=[model_uri, logged],
+        metrics=metrics,
+    )
+    run["summary"] = {name: value for name, value in asdict(summary).items() if name != "exit_code"}
+    lease.check()
+    storage.publish(uri, json.dumps(run).encode())
+    return run
+
+
+def _register(config: TrainConfig, lease: Lease, run: dict[str, Any]) -> bool:
+    """Register the logged model under the name unless this run did; name the version last in the summary's outputs.
+
+    Return whether run.json did not know of it. The registry is asked, as a kill may lie between it and run.json.
+    """
+    from pipelines import tracking
+
+    assert config.register is not None
+    client, before = tracking.connect(), run["summary"]["outputs"]
+    lease.check()
+    known = tracking.find_version(client, config.register, run_id=run["mlflow_run"])
+    version = tracking.register_model(before[1], config.register) if known is None else int(known.version)
+    entry = f"models:/{config.register}/{version}"
+    run["summary"]["outputs"] = [output for output in before if output != entry] + [entry]
+    if entry in before:
+        return False
+    storage.publish(_run_uri(config.output), json.dumps(run).encode())
+    say(f"train: registered as {entry}")
+    return True
 
 
 def _check_pairs(config: TrainConfig, manifest: Manifest) -> None:
@@ -176,8 +238,16 @@ def _check_pairs(config: TrainConfig, manifest: Manifest) -> None:
         say("train: the split val holds no pairs, so nothing is validated while training")
 
 
-def _run(config: TrainConfig, reporter: Any) -> dict[str, float]:
-    """Carry the loop to its end, locally or on Ray Train; return the last metrics."""
+def _run(config: TrainConfig, lease: Lease, reporter: Any) -> dict[str, float]:
+    """Carry the loop to its end, locally or on Ray Train; return the last metrics.
+
+    Each report is accepted under a checked lease. Raises LeaseHeld, TrainingFailed and what the reporter raises.
+    """
+
+    def report(metrics: dict[str, float]) -> None:
+        lease.check()
+        reporter(metrics)
+
     loop = LoopConfig(
         pairs=config.pairs,
         output=config.output,
@@ -189,7 +259,10 @@ def _run(config: TrainConfig, reporter: Any) -> dict[str, float]:
         threads=max(1, int(config.cpus_per_worker)),
     )
     if config.engine == "local":
-        train_loop(loop, rank=0, world=1, device="cuda" if config.use_gpu else "cpu", report=reporter)
+        try:
+            train_loop(loop, rank=0, world=1, device="cuda" if config.use_gpu else "cpu", report=report)
+        except DivergedError as error:
+            raise TrainingFailed(str(error)) from error
         return dict(reporter.last)
     num_cpus = math.ceil(config.num_workers * config.cpus_per_worker)
     with cluster(num_cpus=num_cpus + 1):
@@ -211,23 +284,14 @@ def _run(config: TrainConfig, reporter: Any) -> dict[str, float]:
                 failure_config=FailureConfig(max_failures=config.max_failures),
             ),
         )
-        pump = threading.Thread(target=_pump, args=(reports, reporter))
-        pump.start()
         try:
-            trainer.fit()
+            with Pump(reports, report):
+                trainer.fit()
         except TrainingFailedError as error:
             raise TrainingFailed(f"{error}; the same command continues from the newest checkpoint") from error
-        finally:
-            reports.put(None)
-            pump.join()
     return dict(reporter.last)
 
 
 def _ray_storage(output: str) -> str:
     uri = storage.join(output, "_diffsr", "ray")
     return uri if "://" in uri else storage.open_filesystem(uri)[1]
-
-
-def _pump(reports: Any, report: Report) -> None:
-    while (metrics := reports.get()) is not None:
-        report(metrics)

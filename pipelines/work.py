@@ -15,7 +15,6 @@ from pipelines.lease import Lease
 from pipelines.ledger import Ledger, Plan, Receipt, difference, list_table, open_plans, pack, save_plan
 
 FLUSH_S = 5.0
-BUDGET_SAMPLE = 20  # the error budget is not judged before this many assets
 
 
 class BudgetExceeded(RuntimeError):
@@ -131,12 +130,13 @@ def run(
                 num_workers=num_workers,
                 use_gpu=use_gpu,
             )
-            _collect(progress(batches, total=len(indices), label=label), work, writer, outcome)
+            planned = outcome.inputs + plan.num_assets(indices)
+            _collect(progress(batches, total=len(indices), label=label), work, writer, outcome, planned=planned)
 
     for plan in open_plans(ledger):
         if (plan.recipe, plan.model) == (work.recipe, work.model):
             left = _units_left(plan, ledger)
-            if work.limit is not None and sum(len(plan.unit(i)) for i in left) > work.limit:
+            if work.limit is not None and plan.num_assets(left) > work.limit:
                 say(f"{label}: an interrupted plan is larger than limit ({work.limit}) and is given up")
                 storage.delete(plan.uri)
                 continue
@@ -156,6 +156,7 @@ def run(
         storage.delete(plan.uri)
     elif work.limit is None:
         say(f"{label}: nothing to do, all {ahead.listed} assets are accounted for")
+    _check_ledger(ledger, outcome, work)
     return outcome
 
 
@@ -167,27 +168,36 @@ def _units_left(plan: Plan, ledger: Ledger) -> list[int]:
     return [index for index, unit_id in enumerate(plan.unit_ids()) if unit_id not in accounted]
 
 
-def _collect(batches: Iterator[list[Receipt]], work: Work, writer: "_Writer", outcome: Outcome) -> None:
+def _collect(
+    batches: Iterator[list[Receipt]], work: Work, writer: "_Writer", outcome: Outcome, *, planned: int
+) -> None:
+    """Take the receipts of a plan. The budget is that of all planned assets, so the order they end in is no matter."""
     try:
         for receipts in batches:
             writer.add(receipts)
             for receipt in receipts:
                 outcome.inputs += 1
                 setattr(outcome, receipt.status, getattr(outcome, receipt.status) + 1)
-            if outcome.inputs >= BUDGET_SAMPLE:
-                _check_budget(outcome, work)
+            _check_budget(outcome.dead, planned, outcome, work)
     finally:
         writer.flush()
-    _check_budget(outcome, work)
 
 
-def _check_budget(outcome: Outcome, work: Work) -> None:
-    if outcome.dead > max(1, work.max_dead_share * outcome.inputs):  # one bad file never fails a job (law 1)
+def _check_budget(dead: int, total: int, outcome: Outcome, work: Work) -> None:
+    if dead > max(1, work.max_dead_share * total):  # one bad file never fails a job (law 1)
         raise BudgetExceeded(
-            f"dead letters ({outcome.dead} of {outcome.inputs}) must stay within max_dead_share "
-            f"({work.max_dead_share}); read their reasons in the ledger, mend the cause, then retry what failed",
+            f"dead letters ({dead} of {total}) must stay within max_dead_share ({work.max_dead_share}); read their "
+            "reasons in the ledger, mend the cause, then retry what failed",
             {"inputs": outcome.inputs, "done": outcome.done, "skipped": outcome.skipped, "dead": outcome.dead},
         )
+
+
+def _check_ledger(ledger: Ledger, outcome: Outcome, work: Work) -> None:
+    """Judge all that the ledger holds for these settings: a rerun does not wash a systematic failure away."""
+    latest = ledger.latest()
+    ours = latest.filter(pc.and_(pc.equal(latest["recipe"], work.recipe), pc.equal(latest["model"], work.model)))
+    dead = int(pc.sum(pc.equal(ours["status"], "dead")).as_py() or 0)
+    _check_budget(dead, ours.num_rows, outcome, work)
 
 
 class _Writer:

@@ -1,5 +1,6 @@
 """The five jobs, seen from the command line."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,11 @@ def test_relative_paths_and_references_are_anchored_where_they_were_typed() -> N
 def test_every_job_file_is_a_few_lines_and_names_a_known_job() -> None:
     assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == set(cli.JOBS)
     assert all(len(path.read_text().splitlines()) < 20 for path in (ROOT / "jobs").glob("*.py"))
+
+
+def test_a_registry_out_of_reach_is_one_line_and_no_traceback(tmp_path: Path) -> None:
+    words = ["--model", "models:/diffsr@champion", "--source", str(tmp_path), "--output", str(tmp_path.parent / "o")]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    done = subprocess.run(script("upscale", *words), capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 1 and '"status": "failed"' in done.stdout
+    assert "Traceback" not in done.stderr and "127.0.0.1" in done.stderr

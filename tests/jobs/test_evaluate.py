@@ -14,6 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from diffsr_core.degradation import Degradation
 from diffsr_core.upscaler import bicubic
+from pipelines.cli import run_job
 from tests.jobs.conftest import Ran, photograph, png, run
 
 FLAGS = ["--steps", "2", "--engine", "local"]
@@ -35,7 +36,7 @@ def evaluated(trained: Path, held_out: Path, tmp_path_factory: pytest.TempPathFa
     """The output of one evaluation on two Ray workers."""
     output = tmp_path_factory.mktemp("evaluation") / "out"
     flags = ["--model", "models:/tested/1", "--dataset", held_out, "--output", output, "--steps", 2, "--num-workers", 2]
-    done = run("evaluate", *flags)
+    done = run("evaluate", *flags, "--max-dead-share", 0.5)
     assert (done.code, done.summary["done"], done.summary["dead"]) == (0, 3, 2), done.stderr
     return output
 
@@ -77,7 +78,7 @@ def test_ray_and_a_plain_loop_give_the_same_scores(
     evaluated: Path, held_out: Path, tmp_path: Path, call: Callable[..., Ran]
 ) -> None:
     flags = ["--model", "models:/tested/1", "--dataset", held_out, "--output", tmp_path / "out", *FLAGS]
-    assert call("evaluate", *flags).code == 0
+    assert call("evaluate", *flags, "--max-dead-share", 0.5).code == 0
     ours, theirs = (pq.read_table(path / "rows.parquet").drop(["seconds"]) for path in (tmp_path / "out", evaluated))
     assert ours.equals(theirs)
 
@@ -102,6 +103,39 @@ def test_a_folder_without_images_and_a_model_that_is_none_are_refused(
     assert "must hold images" in call("evaluate", "--model", trained / "model", *flags).stderr
     refused = call("evaluate", "--model", empty, *flags)
     assert refused.code == 1 and "models:/NAME@ALIAS" in refused.stderr
+
+
+def test_too_many_images_without_a_score_end_it_with_their_reasons_on_disk(
+    trained: Path, held_out: Path, tmp_path: Path, call: Callable[..., Ran]
+) -> None:
+    flags = ["--model", trained / "model", "--dataset", held_out, "--output", tmp_path / "out", *FLAGS]
+    ended = call("evaluate", *flags, "--max-dead-share", 0.3)
+    assert (ended.code, ended.summary["inputs"], ended.summary["done"], ended.summary["dead"]) == (3, 5, 3, 2)
+    assert "max_dead_share (0.3)" in ended.stderr and "rows.parquet" in ended.stderr
+    rows = {row["key"]: row["reason"] for row in pq.read_table(tmp_path / "out" / "rows.parquet").to_pylist()}
+    assert rows["tiny.png"] == "too_small" and "rotten.png" in (tmp_path / "out" / "report.html").read_text()
+    assert not (tmp_path / "out" / "summary.json").exists()
+    assert call("evaluate", *flags, "--max-dead-share", 0.4).summary["done"] == 3  # it is not taken for done
+
+
+@pytest.mark.parametrize(("names", "code"), [(["a.png"], 1), (["a.png", "b.png"], 3)])
+def test_a_set_without_one_readable_image_is_never_scored(
+    names: list[str], code: int, trained: Path, tmp_path: Path, call: Callable[..., Ran]
+) -> None:
+    (tmp_path / "set").mkdir()
+    for name in names:
+        (tmp_path / "set" / name).write_bytes(b"no picture")
+    flags = ["--model", trained / "model", "--dataset", tmp_path / "set", "--output", tmp_path / "out", *FLAGS]
+    assert call("evaluate", *flags).code == code
+    assert (tmp_path / "out" / "rows.parquet").exists() and not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+@pytest.mark.parametrize("job", ["evaluate", "promote"])
+def test_a_seed_that_no_generator_takes_is_a_bad_argument(job: str, seed: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_job(job, ["--model", "a", "--dataset", "b", "--output", "c", f"--seed={seed}"])
+    assert ended.value.code == 2 and f"seed ({seed})" in capsys.readouterr().err
 
 
 def test_strips_show_lr_methods_and_hr_side_by_side(evaluated: Path) -> None:

@@ -99,3 +99,42 @@ def test_a_source_without_images_is_said_clearly(tmp_path: Path, call: Callable[
     else:
         assert done.code == 0 and done.summary["inputs"] == 0
     shutil.rmtree(tmp_path / "set", ignore_errors=True)
+
+
+def test_settings_that_changed_before_the_first_manifest_are_refused(tmp_path: Path, call: Callable[..., Ran]) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "good.png").write_bytes(png(photograph("coffee.png")))
+    for index in range(3):
+        (source / f"{index}.png").write_bytes(b"<html>not found</html>")
+    flags = ["--source", source, "--output", tmp_path / "set", "--engine", "local"]
+    assert call("make_pairs", *flags, *PAIRS_FLAGS).code == 3
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    refused = call("make_pairs", *flags, *PAIRS_FLAGS, "--patch", "64")
+    assert refused.code == 1 and "another recipe" in refused.stderr
+    assert call("make_pairs", *flags, *PAIRS_FLAGS).code == 3  # a rerun does not wash the failure away
+    assert call("make_pairs", *flags, *PAIRS_FLAGS, "--max-dead-share", "1").code == 0
+
+
+def test_a_file_that_kills_its_worker_on_ray_becomes_a_dead_letter(archive: Path, tmp_path: Path) -> None:
+    # A codec that crashes: the decoder of this test's worker ends its process at one file's size.
+    victim = (archive / "coins.png").stat().st_size
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "class Trap:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'pipelines.patches':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            import pipelines.images as images\n"
+        "            decode = images.decode\n"
+        f"            images.decode = lambda data, **k: os._exit(9) if len(data) == {victim} else decode(data, **k)\n"
+        "sys.meta_path.insert(0, Trap())\n"
+    )
+    flags = ["--source", archive, "--output", tmp_path / "set", "--num-workers", 1, *PAIRS_FLAGS]
+    done = run("make_pairs", *flags, "--max-dead-share", "0.5", env={"PYTHONPATH": str(folder)})
+    assert done.code == 0, done.stderr
+    rows = {row["key"]: row for row in Ledger(str(tmp_path / "set")).latest().to_pylist()}
+    assert (rows["coins.png"]["status"], rows["coins.png"]["reason"]) == ("dead", "worker_died")
+    assert sum(row["status"] == "done" for row in rows.values()) == 5

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from mlflow.exceptions import MlflowException
 
 from diffsr_core import checkpoint
 from pipelines import tracking
@@ -32,9 +33,8 @@ def register(name: str, trained: Path, *, damage: float = 0.0) -> int:
     files = checkpoint.model_files(model.config, state, state, preset=document["preset"], card="a test's model")
     tracking.connect()
     with tracking.run(f"register {name}"):
-        _, version = tracking.log_model(files, example=png(photograph("coffee.png", 16)), register=name)
-    assert version is not None
-    return version
+        uri = tracking.log_model(files, example=png(photograph("coffee.png", 16)))
+    return tracking.register_model(uri, name)
 
 
 def alias(name: str, which: str = "champion") -> int | None:
@@ -66,7 +66,115 @@ def test_first_promotion_then_refusal_then_a_better_one_then_rollback(
     assert (moved.code, alias(name), alias(name, "previous_champion")) == (0, worse, good)
 
     back = call("promote", "--model", name, "--rollback")
-    assert (back.code, alias(name), alias(name, "previous_champion")) == (0, good, worse)
+    assert (back.code, alias(name), alias(name, "previous_champion")) == (0, good, None)
+
+    twice = call("promote", "--model", name, "--rollback")
+    assert (twice.code, alias(name)) == (1, good) and "previous champion" in twice.stderr
+    anything = [*lenient, "--min-gain", "-100", "--ssim-margin", "2", "--lr-psnr-floor", "1"]
+    newest = call("promote", *flags, *anything)
+    assert (newest.summary["unchanged"], alias(name)) == (1, good) and f"v{worse} was rolled back" in newest.stderr
+    named = call("promote", *flags, *anything, "--challenger", worse)
+    assert (named.code, alias(name), alias(name, "previous_champion")) == (0, worse, good)
+    assert tracking.ROLLED_BACK not in mlflow.MlflowClient().get_model_version(name, str(worse)).tags
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def versions() -> Callable[[str, int], tuple[mlflow.MlflowClient, list[int]]]:
+    """Make a registered model with empty versions."""
+
+    def make(name: str, number: int) -> tuple[mlflow.MlflowClient, list[int]]:
+        client = tracking.connect()
+        client.create_registered_model(name)
+        return client, [int(client.create_model_version(name, "file:///nothing").version) for _ in range(number)]
+
+    return make
+
+
+WRITES = ("set_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias")
+
+
+def killed_after(client: mlflow.MlflowClient, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this many writes to the registry through, and no more."""
+    left = [number]
+
+    def limited(write: Callable[..., object]) -> Callable[..., object]:
+        def call(*words: object) -> object:
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return write(*words)
+
+        return call
+
+    for name in WRITES:
+        monkeypatch.setattr(client, name, limited(getattr(client, name)))
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_a_promotion_killed_between_its_writes_goes_through_when_repeated(
+    writes: int, versions: Callable, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Ran]
+) -> None:
+    name = f"killed-promotion-{writes}"
+    client, (first, second, third) = versions(name, 3)
+    tracking.move_champion(client, name, first, expected=None, evidence="one")
+    tracking.move_champion(client, name, second, expected=first, evidence="two")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(client, writes, patch)
+        tracking.move_champion(client, name, third, expected=second, evidence="three")
+    assert alias(name) == second  # the alias moves last, with its evidence
+    if alias(name, "previous_champion") == second:
+        refused = call("promote", "--model", name, "--rollback")
+        assert (refused.code, alias(name)) == (1, second) and "cut short" in refused.stderr
+    tracking.move_champion(client, name, third, expected=second, evidence="three")
+    assert (alias(name), alias(name, "previous_champion")) == (third, second)
+
+
+@pytest.mark.parametrize("writes", range(3))
+def test_a_rollback_killed_between_its_writes_never_brings_the_bad_version_back(
+    writes: int, versions: Callable, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Ran]
+) -> None:
+    name = f"killed-rollback-{writes}"
+    client, (good, bad) = versions(name, 2)
+    tracking.move_champion(client, name, good, expected=None, evidence="one")
+    tracking.move_champion(client, name, bad, expected=good, evidence="two")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(client, writes, patch)
+        tracking.restore_champion(client, name, good, expected=bad)
+    for _ in range(2):
+        call("promote", "--model", name, "--rollback")
+    assert alias(name) == good and tracking.newest_version(client, name) == good
+    assert client.get_model_version(name, str(good)).tags["diffsr.evidence"] == "one"
+
+
+def test_when_every_version_was_rolled_back_one_must_be_named(versions: Callable) -> None:
+    client, (only,) = versions("rolled", 1)
+    client.set_model_version_tag("rolled", str(only), tracking.ROLLED_BACK, "to v0")
+    with pytest.raises(ValueError, match="--challenger"):
+        tracking.newest_version(client, "rolled")
+
+
+def test_a_registry_that_fails_is_not_read_as_no_champion(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = tracking.connect()
+    assert tracking.alias_version(client, "no such model", "champion") is None
+
+    def fails(name: str) -> None:
+        raise MlflowException("the server is away")
+
+    monkeypatch.setattr(client, "get_registered_model", fails)
+    with pytest.raises(MlflowException, match="is away"):
+        tracking.alias_version(client, "gate", "champion")
+
+
+def test_a_job_of_a_cluster_needs_a_store_that_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    tracking.connect()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with pytest.raises(ValueError, match=r"MLFLOW_TRACKING_URI \(not set\).*RAY_ADDRESS"):
+        tracking.connect()
 
 
 def test_a_model_that_loses_to_bicubic_is_no_first_champion(

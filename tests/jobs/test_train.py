@@ -1,9 +1,14 @@
 """The laws of the training job."""
 
 import io
+import json
 import os
+import queue
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -11,6 +16,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from diffsr_core import checkpoint
+from pipelines import loop, tracking, training
+from pipelines.checkpoints import load_newest, save_checkpoint
+from pipelines.lease import LeaseHeld
+from pipelines.models import resolve
+from pipelines.runs import TrainingFailed
 from tests.jobs.conftest import TRAIN_FLAGS, Ran, photograph, png, run, run_until_killed
 
 
@@ -26,6 +37,179 @@ def test_a_finished_run_is_not_done_again(pairs: Path, trained: Path, call: Call
     assert (again.summary["done"], again.summary["unchanged"]) == (0, 12)
     assert (trained / "model" / "config.json").read_bytes() == before
     assert len(mlflow.MlflowClient().search_model_versions("name='tested'")) == 1
+
+
+@pytest.fixture
+def ended(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained run's output."""
+    shutil.copytree(trained, tmp_path / "ended")
+    return tmp_path / "ended"
+
+
+def forget_the_summary(output: Path) -> dict[str, Any]:
+    """Leave what a kill before the last write leaves; return the run's document as it was."""
+    whole = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps({name: whole[name] for name in ("identity", "mlflow_run")}))
+    return whole
+
+
+def test_killed_after_the_registration_it_is_not_registered_twice(
+    pairs: Path, ended: Path, call: Callable[..., Ran]
+) -> None:
+    before = forget_the_summary(ended)
+    again = call("train", "--pairs", pairs, "--output", ended, "--engine", "local", "--register", "tested",
+                 *TRAIN_FLAGS)  # fmt: skip
+    assert again.code == 0, again.stderr
+    assert len(mlflow.MlflowClient().search_model_versions("name='tested'")) == 1
+    assert again.summary["outputs"][1:] == before["summary"]["outputs"][1:]  # nor logged twice
+
+
+def test_resumed_after_its_last_step_it_still_tells_its_metrics(
+    pairs: Path, ended: Path, call: Callable[..., Ran]
+) -> None:
+    before = forget_the_summary(ended)["summary"]
+    assert {"loss", "val_psnr_sample"} <= set(before["metrics"]) and (before["done"], before["unchanged"]) == (12, 0)
+    again = call("train", "--pairs", pairs, "--output", ended, "--engine", "local", *TRAIN_FLAGS).summary
+    assert again["metrics"]["loss"] == before["metrics"]["loss"]
+    assert again["metrics"]["val_psnr_sample"] == before["metrics"]["val_psnr_sample"]
+    assert (again["inputs"], again["done"], again["unchanged"]) == (0, 0, 12)
+
+
+def test_a_finished_run_is_registered_when_that_is_asked_for_later(
+    pairs: Path, ended: Path, call: Callable[..., Ran]
+) -> None:
+    flags = ["--pairs", pairs, "--output", ended, "--engine", "local", *TRAIN_FLAGS, "--register", "later"]
+    for _ in range(2):
+        done = call("train", *flags)
+        assert (done.code, done.summary["done"], done.summary["unchanged"]) == (0, 0, 12)
+        assert done.summary["outputs"][-1] == "models:/later/1"
+    assert "nothing to do" in done.stderr
+    (version,) = mlflow.MlflowClient().search_model_versions("name='later'")
+    assert version.run_id == json.loads((ended / "run.json").read_text())["mlflow_run"]
+
+
+def test_resolving_a_registered_model_leaves_nothing_behind(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert resolve("models:/tested/1").files == resolve(str(trained / "model")).files
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_lost_its_lease_stops_at_its_next_report(
+    pairs: Path, tmp_path: Path, call: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+
+    def save_and_lose(*words: Any, **named: Any) -> None:
+        save_checkpoint(*words, **named)
+        (output / "_diffsr" / "fences" / "0000000099").write_text("{}")
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_lose)
+    lost = call("train", "--pairs", pairs, "--output", output, "--engine", "local", "--register", "lost", *TRAIN_FLAGS)
+    assert lost.code == 5 and "lost its lease" in lost.stderr
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["00000004"]
+    assert not (output / "model").exists() and not mlflow.MlflowClient().search_model_versions("name='lost'")
+
+
+@pytest.mark.parametrize("step", ["publish_files", "log_model", "register_model"])
+def test_a_run_that_lost_its_lease_after_training_writes_no_model(
+    step: str, pairs: Path, ended: Path, call: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fences = ended / "_diffsr" / "fences"
+
+    def lose() -> None:
+        (fences / "0000000099").write_text("{}")
+
+    if step == "register_model":
+        read = training._read_run
+        monkeypatch.setattr(training, "_read_run", lambda *a: (lose(), read(*a))[1])
+    else:
+        whole = json.loads((ended / "run.json").read_text())
+        (ended / "run.json").write_text(json.dumps({"identity": whole["identity"]}))  # in a new run of MLflow
+        before = {"publish_files": "_run", "log_model": "publish_files"}[step]
+        real = getattr(training, before)
+        monkeypatch.setattr(training, before, lambda *a: (real(*a), lose())[0])
+    home = training if step == "publish_files" else tracking
+    monkeypatch.setattr(home, step, lambda *a, **k: pytest.fail(f"{step} was called"))
+    flags = ["--pairs", pairs, "--output", ended, "--engine", "local", *TRAIN_FLAGS, "--register", "nobody's"]
+    assert call("train", *flags).code == 5
+
+
+def poisoned(output: Path, trained: Path) -> None:
+    """Put a checkpoint with weights that are not finite where a training resumes from."""
+    weights, ema, _, _, _ = load_newest(str(trained)) or pytest.fail("no checkpoint")
+    weights = {name: value * float("nan") for name, value in weights.items()}
+    config = checkpoint.load_model(trained / "model")[0].config
+    files = checkpoint.model_files(config, weights, ema, preset="nano-x4", card="")
+    save_checkpoint(str(output), files, {}, {"step": 2}, metrics={}, keep=2)
+
+
+def test_a_training_that_diverges_fails_with_a_remedy(
+    pairs: Path, trained: Path, tmp_path: Path, call: Callable[..., Ran]
+) -> None:
+    poisoned(tmp_path / "run", trained)
+    failed = call("train", "--pairs", pairs, "--output", tmp_path / "run", "--engine", "local", *TRAIN_FLAGS)
+    assert failed.code == 1 and "not finite at step 2; lower the learning rate" in failed.stderr
+    assert failed.summary["status"] == "failed" and "Traceback" not in failed.stderr
+
+
+def test_on_ray_a_training_that_diverges_is_not_tried_again(pairs: Path, trained: Path, tmp_path: Path) -> None:
+    poisoned(tmp_path / "run", trained)
+    failed = run("train", "--pairs", pairs, "--output", tmp_path / "run", "--cpus-per-worker", 0.5, *TRAIN_FLAGS)
+    error = failed.stderr.rpartition("error: ")[2]
+    assert failed.code == 1 and error.startswith("loss (nan)") and "lower the learning rate" in error
+
+
+class Reports(queue.Queue):
+    """Stands for Ray's queue."""
+
+    actor = "its actor"
+
+
+def test_an_error_of_the_driver_reaches_the_caller_and_closes_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    closed: list[str] = []
+    monkeypatch.setattr(ray, "kill", closed.append)
+    for item, error in (({"step": 1}, LeaseHeld("lost")), ("diverged", TrainingFailed("diverged"))):
+        reports = Reports()
+        reports.put(item)
+
+        def report(metrics: Any, error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(type(error), match=str(error)), loop.Pump(reports, report):
+            raise RuntimeError("what Ray says when the workers stop")
+    assert closed == ["its actor", "its actor"]
+
+
+def test_all_reports_are_taken_before_the_pump_ends() -> None:
+    reports, taken = Reports(), []
+    with loop.Pump(reports, taken.append):
+        for step in range(5):
+            reports.put({"step": step})
+    assert [metrics["step"] for metrics in taken] == list(range(5))
+
+
+@pytest.mark.parametrize("error", [KeyError("code"), MemoryError(), SystemExit(3)])
+def test_whatever_ends_the_reader_is_raised_by_prefetch(error: BaseException) -> None:
+    class Reader:
+        def batch(self, indices: range) -> Any:
+            if indices.start:
+                raise error
+            return "batch"
+
+    batches = loop.prefetch(Reader(), batch_size=2, first=0, last=9, rank=0, share=2)
+    assert next(batches) == "batch"
+    with pytest.raises(type(error)):
+        next(batches)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match=rf"seed \({seed}\)"):
+        training.TrainConfig(pairs="p", output="o", seed=seed)
 
 
 def test_killed_and_resumed_it_ends_with_the_same_weights(pairs: Path, trained: Path, tmp_path: Path) -> None:
@@ -46,8 +230,6 @@ def test_other_settings_do_not_continue_a_run(pairs: Path, trained: Path, call: 
 
 
 def test_a_rotten_shard_is_refused_by_name(pairs: Path, tmp_path: Path, call: Callable[..., Ran]) -> None:
-    import shutil
-
     rotten = tmp_path / "pairs"
     shutil.copytree(pairs, rotten)
     shard = next((rotten / "data").iterdir())

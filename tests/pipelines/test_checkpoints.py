@@ -9,7 +9,7 @@ from safetensors.torch import save
 
 from diffsr_core.checkpoint import EMA, WEIGHTS
 from pipelines import storage
-from pipelines.checkpoints import OPTIMIZER, STATE, load_newest, newest_files, save_checkpoint
+from pipelines.checkpoints import OPTIMIZER, STATE, load_newest, newest_files, newest_step, save_checkpoint
 
 
 @pytest.fixture
@@ -21,7 +21,9 @@ def write(output, step, *, keep=9):
     files = {WEIGHTS: save({"w": torch.full((2,), float(step))}), EMA: save({"w": torch.full((2,), step + 0.5)})}
     optimizer = {"exp_avg": torch.arange(6.0).reshape(2, 3).T * step}  # not contiguous
     counters = {"step": step, "stage": 1}
-    save_checkpoint(str(output), {**files, "config.json": b"{}"}, optimizer, counters, keep=keep)
+    save_checkpoint(
+        str(output), {**files, "config.json": b"{}"}, optimizer, counters, metrics={"loss": step / 4}, keep=keep
+    )
 
 
 def folder(output, step):
@@ -39,10 +41,19 @@ def test_where_there_is_none_there_is_none(output):
 
 def test_what_was_saved_is_loaded_bit_for_bit(output):
     write(output, 7)
-    weights, ema, optimizer, counters = load_newest(str(output))
+    weights, ema, optimizer, counters, metrics = load_newest(str(output))
     assert torch.equal(weights["w"], torch.tensor([7.0, 7.0])) and torch.equal(ema["w"], torch.tensor([7.5, 7.5]))
     assert torch.equal(optimizer["exp_avg"], torch.arange(6.0).reshape(2, 3).T * 7)
-    assert counters == {"step": 7, "stage": 1}
+    assert counters == {"step": 7, "stage": 1} and metrics == {"loss": 1.75}
+
+
+def test_the_newest_step_is_that_of_the_newest_whole_checkpoint(output):
+    assert newest_step(str(output)) == 0
+    write(output, 3)
+    write(output, 12)
+    assert newest_step(str(output)) == 12
+    (folder(output, 12) / WEIGHTS).write_bytes(b"")
+    assert newest_step(str(output)) == 3
 
 
 def test_the_newest_is_used_by_number_and_not_by_text_or_time(output):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from pipelines import images
 from pipelines.images import Picture, Refused
@@ -224,6 +225,17 @@ def test_more_than_one_frame_or_page_is_refused():
     for format in ("GIF", "PNG", "WEBP"):
         assert refusal(file_of(RGB, format, **frames)).reason == "animated"
     assert refusal(file_of(RGB, "TIFF", **frames)).reason == "multipage"
+
+
+@pytest.mark.parametrize(("tag", "values"), [
+    (33550, (0.5, 0.5, 0.0)), (33922, (0.0, 0.0, 0.0, 7.0, 46.0, 0.0)), (34264, (1.0,) * 16), (34735, (1, 1, 0, 0)),
+])  # fmt: skip
+def test_a_tiff_that_says_where_it_lies_on_earth_is_refused(tag, values):
+    tags = ImageFileDirectory_v2()
+    tags.tagtype[tag] = 3 if tag == 34735 else 12  # unsigned shorts, doubles
+    tags[tag] = values
+    refused = refusal(file_of(RGB, "TIFF", tiffinfo=tags))
+    assert (refused.stage, refused.reason) == ("decode", "georeferenced")
 
 
 @pytest.mark.parametrize("format", images.FORMATS)

@@ -1,6 +1,7 @@
 """Laws of pipelines.lease: one holder at a time, fences grow, the dead are replaced and the replaced are shut out."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import lease as lease_module
 from pipelines import storage
 from pipelines.lease import Lease, LeaseHeld
 
@@ -123,6 +125,39 @@ def test_the_lease_of_another_machine_is_respected_until_it_expires(output, hear
     time.sleep(0.3)
     with Lease(output, run_id="near") as lease:
         assert lease.fence == 2
+
+
+@pytest.mark.parametrize("machine", ["another boot pid:[1]", ""])
+def test_a_pid_of_another_boot_or_namespace_or_of_nowhere_known_proves_nothing(output, heartless, monkeypatch, machine):
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_module, "_machine", lambda: machine)
+        patch.setattr("os.getpid", lambda: 2**22 + 1)  # no such process here, under the same host name
+        Lease(output, run_id="container", expiry_s=600).__enter__()
+        if machine:
+            patch.setattr(lease_module, "_machine", lambda: "this boot pid:[1]")
+        with pytest.raises(LeaseHeld, match="held by run container"), Lease(output, run_id="near"):
+            pytest.fail("the run in the other container may be alive")
+
+
+def test_a_pid_that_another_process_has_by_now_is_not_the_holder(output, heartless, monkeypatch):
+    started = lease_module._started
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_module, "_started", lambda pid: started(pid) - 1)
+        Lease(output, run_id="ended", expiry_s=600).__enter__()
+    with Lease(output, run_id="next") as lease:
+        assert lease.fence == 2
+
+
+def test_the_start_of_a_process_is_read_past_a_hostile_name(monkeypatch):
+    with subprocess.Popen(["sleep", "60"]) as child:
+        first, again = (lease_module._started(child.pid) for _ in "ab")
+        stat = Path(f"/proc/{child.pid}/stat").read_text()
+        child.kill()
+    ticks = float(Path("/proc/uptime").read_text().split()[0]) * os.sysconf("SC_CLK_TCK")
+    assert first == again and 0 <= ticks - first < 6000
+    assert lease_module._started(2**22 + 1) is None
+    monkeypatch.setattr(Path, "read_text", lambda self, errors: stat.replace("(sleep)", "(a) b (1 2 3)"))
+    assert lease_module._started(1) == first
 
 
 def test_a_run_killed_while_it_enters_does_not_block_the_output(output, monkeypatch):

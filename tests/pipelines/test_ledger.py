@@ -172,7 +172,7 @@ def test_a_saved_plan_is_read_back_unit_by_unit_until_it_is_deleted(ledger):
     save_plan(ledger, pack(rows, recipe="r", model="m", unit_bytes=500), recipe="r", model="m", fence=4)
     (plan,) = open_plans(ledger)
     assert (plan.recipe, plan.model, plan.fence) == ("r", "m", 4)
-    assert (plan.num_units, plan.num_inputs) == (len(expected), 200 + len(HOSTILE))
+    assert (plan.num_units, plan.num_assets(range(plan.num_units))) == (len(expected), 200 + len(HOSTILE))
     assert [plan.unit(index) for index in range(plan.num_units)] == expected
     assert plan.unit_ids() == [unit[0]["unit_id"] for unit in expected]
     storage.delete(plan.uri)

@@ -11,6 +11,7 @@ from diffsr_core.family import ModelConfig, SuperResolver
 from diffsr_core.networks.rrdb import RRDBConfig
 from diffsr_core.resize import downscale_pixels
 from diffsr_core.upscaler import SamplingRecipe, Upscaler, bicubic
+from pipelines import pictures
 from pipelines.images import Refused
 from pipelines.pictures import output_key, target_format, upscale_picture
 
@@ -109,6 +110,14 @@ def test_the_colour_profile_is_kept(upscaler, format):
     assert "icc_profile" not in opened(upscale_picture(upscaler, file_of(photo(), format)).data).info
 
 
+@pytest.mark.parametrize(("format", "kept"), [("png", True), ("jpeg", True), ("tiff", True), ("webp", False)])
+def test_the_profile_of_a_grey_picture_goes_into_a_grey_file_only(upscaler, format, kept):
+    profile = bytes(12) + b"mntrGRAYXYZ " + bytes(108)  # a header that says what it is; nothing reads further
+    data = file_of(photo(colours=1), icc_profile=profile)
+    result = opened(upscale_picture(upscaler, data, format=format).data)
+    assert (result.mode, result.info.get("icc_profile")) == (("L", profile) if kept else ("RGB", None))
+
+
 def test_lr_psnr_and_drift_are_those_of_the_decoded_published_file(upscaler):
     values = []
     for quality in (30, 95):
@@ -201,6 +210,17 @@ def test_what_does_not_fit_into_memory_is_refused_as_oom(error):
     with pytest.raises(Refused) as caught:
         upscale_picture(Failing(error), file_of(photo()))
     assert caught.value.reason == "oom"
+
+
+@pytest.mark.parametrize("step", ["bicubic", "encode", "lr_psnr"])
+def test_a_lack_of_memory_at_any_step_is_refused_as_oom(upscaler, monkeypatch, step):
+    def lacking(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(pictures, step, lacking)
+    with pytest.raises(Refused) as caught:
+        upscale_picture(upscaler, file_of(np.dstack([photo(), photo()[:, :, :1]])))
+    assert (caught.value.stage, caught.value.reason) == ("upscale", "oom")
 
 
 def test_torch_words_a_lack_of_memory_as_we_expect():

@@ -26,7 +26,7 @@ class FakeWorker:
     def __init__(self, *, work, before=None, after=None, seen=None):
         self.work, self.before, self.after, self.seen = work, before, after, [] if seen is None else seen
 
-    def __call__(self, rows):
+    def __call__(self, rows, enter):
         self.seen.append(rows[0]["unit_id"])
         return [self.asset(row) for row in rows]
 
@@ -159,8 +159,12 @@ def test_killed_at_any_asset_a_rerun_ends_as_a_clean_run(bench, clean, monkeypat
 
 @pytest.mark.parametrize("point", ["append", "delete"])
 def test_killed_at_the_ledger_or_at_the_commit_a_rerun_ends_as_a_clean_run(bench, clean, monkeypatch, point):
-    def kill(*_, **__):
-        raise Killed
+    delete = storage.delete
+
+    def kill(first, *_, **__):
+        if point == "append" or "/plans/" in first:
+            raise Killed
+        delete(first)
 
     seen = []
     with monkeypatch.context() as patch:
@@ -334,24 +338,28 @@ def test_too_many_dead_letters_stop_the_run_and_keep_what_was_done(tmp_path):
     bench = Bench(tmp_path, count=40)
     for index in range(0, 40, 2):
         bench.put(f"{index:02d}.png", "bad bytes!")
-    with pytest.raises(BudgetExceeded, match="10 of 20") as caught:
+    with pytest.raises(BudgetExceeded, match="17 of 40") as caught:
         bench.run(unit_bytes=1, max_dead_share=0.4)
-    assert caught.value.counts == {"inputs": 20, "done": 10, "skipped": 0, "dead": 10}  # judged from 20 assets on
-    assert len(bench.accounts()) == 20 and len(bench.tree()) == 10 and bench.num_plans() == 1
+    assert caught.value.counts == {"inputs": 33, "done": 16, "skipped": 0, "dead": 17}  # 0.4 of all that was planned
+    assert len(bench.accounts()) == 33 and len(bench.tree()) == 16 and bench.num_plans() == 1
     assert counted(bench.run(unit_bytes=1, max_dead_share=0.5)) == {
-        "inputs": 20, "done": 10, "dead": 10, "unchanged": 20, "resumed_units": 20,
+        "inputs": 7, "done": 4, "dead": 3, "unchanged": 33, "resumed_units": 7,
     }  # fmt: skip
     assert len(bench.accounts()) == 40
 
 
 @pytest.mark.parametrize(("num_bad", "stops"), [(2, False), (3, True), (10, True)])
-def test_the_error_budget_of_a_small_run_is_judged_at_its_end(bench, num_bad, stops):
+def test_the_error_budget_is_that_of_all_planned_assets_and_a_rerun_does_not_wash_it_away(bench, num_bad, stops):
     for index in range(num_bad):
         bench.put(f"{index:02d}.png", "bad bytes!")
     if stops:
         with pytest.raises(BudgetExceeded) as caught:
             bench.run(unit_bytes=1)
-        assert caught.value.counts["inputs"] == 10
+        assert caught.value.counts["inputs"] == len(bench.accounts()) == 3  # the bad ones come first
+        for _ in range(2):
+            with pytest.raises(BudgetExceeded):
+                bench.run(unit_bytes=1)
+        bench.run(unit_bytes=1, max_dead_share=1.0)
     else:
         assert bench.run(unit_bytes=1).dead == num_bad
     assert len(bench.accounts()) == 10
