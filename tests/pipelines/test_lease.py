@@ -154,7 +154,7 @@ def test_the_start_of_a_process_is_read_past_a_hostile_name(monkeypatch):
         stat = Path(f"/proc/{child.pid}/stat").read_text()
         child.kill()
     ticks = float(Path("/proc/uptime").read_text().split()[0]) * os.sysconf("SC_CLK_TCK")
-    assert first == again and 0 <= ticks - first < 6000
+    assert first == again and -1 <= ticks - first < 6000  # whole ticks: the clock may be one behind
     assert lease_module._started(2**22 + 1) is None
     monkeypatch.setattr(Path, "read_text", lambda self, errors: stat.replace("(sleep)", "(a) b (1 2 3)"))
     assert lease_module._started(1) == first
