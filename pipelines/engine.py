@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -144,13 +145,16 @@ def map_actors(
     with cluster(num_cpus=size + 1):
         import ray
 
-        mapped = ray.data.from_items(rows, override_num_blocks=min(len(rows), 4096)).map(
-            actor,
-            fn_constructor_kwargs=arguments,
-            compute=ray.data.ActorPoolStrategy(size=size),
-            num_cpus=1,
-            num_gpus=1 if use_gpu else None,
-            max_restarts=MAX_DEATHS,
-            max_task_retries=MAX_DEATHS,
-        )
+        with warnings.catch_warnings():
+            # Ray deprecates its bag of actor options, and 2.60 has no other place yet to bound an actor's restarts.
+            warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+            mapped = ray.data.from_items(rows, override_num_blocks=min(len(rows), 4096)).map(
+                actor,
+                fn_constructor_kwargs=arguments,
+                compute=ray.data.ActorPoolStrategy(size=size),
+                num_cpus=1,
+                num_gpus=1 if use_gpu else None,
+                max_restarts=MAX_DEATHS,
+                max_task_retries=MAX_DEATHS,
+            )
         yield from mapped.iter_rows()
