@@ -91,3 +91,11 @@ def test_a_registry_out_of_reach_is_one_line_and_no_traceback(tmp_path: Path) ->
     done = subprocess.run(script("upscale", *words), capture_output=True, text=True, timeout=100, env=environment)
     assert done.returncode == 1 and '"status": "failed"' in done.stdout
     assert "Traceback" not in done.stderr and "127.0.0.1" in done.stderr
+
+
+def test_every_job_command_of_the_readme_is_one_that_the_jobs_take() -> None:
+    lines = [line.split() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("python jobs/")]
+    commands = [(words[1].removeprefix("jobs/").removesuffix(".py"), words[2:]) for words in lines]
+    assert {job for job, _ in commands} == set(cli.JOBS)
+    for job, words in commands:
+        assert cli.parse(job, words)
