@@ -28,10 +28,12 @@ class LeaseHeld(RuntimeError):
 class Lease:
     """A context manager that takes the lease, renews it every expiry_s / 4 and gives it back.
 
-    Raises LeaseHeld on entry when another run is alive. `fence` grows by one with each holder.
+    Raises LeaseHeld on entry when another run is alive. `fence` grows by one with each holder. Who follows a holder
+    that was killed also removes the half-written files that it left in the output.
     """
 
     def __init__(self, output: str, *, run_id: str, expiry_s: float = 60.0) -> None:
+        self.output = output
         self.root = storage.join(output, "_diffsr")
         self.run_id, self.expiry_s = run_id, expiry_s
         self.fence = 0
@@ -43,7 +45,8 @@ class Lease:
     def __enter__(self) -> "Lease":
         # The fence before the holder: whoever enters between the two has created the very fence that we then ask for.
         newest = self._newest()
-        held = self.holder()
+        last = self._last()
+        held = _alive(last)
         if held is not None:
             raise LeaseHeld(
                 f"output ({self.root}) is held by run {held['run_id']} on {held['host']}, process {held['pid']}; "
@@ -56,6 +59,8 @@ class Lease:
             raise LeaseHeld(f"output ({self.root}) was taken by another run at this moment; wait for it to end")
         storage.publish(self._uri, document)
         self._thread.start()
+        if last and last["expires"]:  # it was never given back: its holder may have died in the middle of a file
+            storage.sweep(self.output)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -66,15 +71,7 @@ class Lease:
 
     def holder(self) -> dict[str, Any] | None:
         """Return the document of a live lease, or None."""
-        newest = self._newest()
-        if not newest:
-            return None
-        document: dict[str, Any] = json.loads(storage.read_bytes(self._uri)) if storage.exists(self._uri) else {}
-        if document.get("fence") != newest:
-            document = json.loads(self._read(newest))
-        if document["expires"] <= time.time():
-            return None
-        return None if _is_gone(document) else document
+        return _alive(self._last())
 
     def check(self) -> None:
         """Raise LeaseHeld when another run has taken over."""
@@ -83,6 +80,14 @@ class Lease:
 
     def _newest(self) -> int:
         return max(map(int, storage.list_names(storage.join(self.root, "fences"))), default=0)
+
+    def _last(self) -> dict[str, Any] | None:
+        """Return the document of the newest holder, alive or not; None before the first."""
+        newest = self._newest()
+        if not newest:
+            return None
+        document: dict[str, Any] = json.loads(storage.read_bytes(self._uri)) if storage.exists(self._uri) else {}
+        return document if document.get("fence") == newest else json.loads(self._read(newest))
 
     def _fence_uri(self, fence: int) -> str:
         return storage.join(self.root, "fences", f"{fence:010d}")
@@ -128,6 +133,10 @@ def _started(pid: int) -> int | None:
     except OSError:
         return None
     return int(stat.rpartition(")")[2].split()[19])  # field 22; the second, a name in brackets, may hold anything
+
+
+def _alive(document: dict[str, Any] | None) -> dict[str, Any] | None:
+    return document if document and document["expires"] > time.time() and not _is_gone(document) else None
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:

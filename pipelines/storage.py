@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 Uri = str | os.PathLike[str]
 OWN_FOLDER = "_diffsr"
 _TEMPORARY = ".tmp-"
+_TEMPORARY_NAME = re.compile(re.escape(_TEMPORARY) + "[0-9a-f]{16}")
 _CHUNK_BYTES = 1 << 20
 
 
@@ -128,6 +130,16 @@ def delete(uri: Uri) -> None:
     filesystem, path = open_filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path) if isinstance(filesystem, LocalFileSystem) else filesystem.rm_file(path)
+
+
+def sweep(uri: Uri) -> None:
+    """Remove the temporary files that killed writers left below `uri`. A writer that is still alive gets an OSError."""
+    filesystem, root = open_filesystem(uri)
+    if isinstance(filesystem, LocalFileSystem):  # an upload to an object store leaves no object before its end
+        for folder, _, names in os.walk(root):
+            for name in filter(_TEMPORARY_NAME.fullmatch, names):
+                with contextlib.suppress(OSError):  # what cannot be removed is never listed, and harms nobody
+                    os.unlink(os.path.join(folder, name))
 
 
 def publish(uri: Uri, data: bytes) -> None:

@@ -45,6 +45,7 @@ def test_killed_and_started_again_it_leaves_the_set_of_a_clean_run(tmp_path: Pat
     assert run("make_pairs", "--output", clean, *flags).code == 0
     run_until_killed("make_pairs", "--output", killed, *flags, when=lambda: len(list(killed.glob("data/*"))) >= 2)
     assert not (killed / "manifest.json").exists()
+    (killed / "data" / ".tmp-0123456789abcdef").write_bytes(b"half")  # as a kill within a write leaves it
     again = run("make_pairs", "--output", killed, *flags)
     assert again.code == 0, again.stderr
     assert "interrupted plan is continued" in again.stderr

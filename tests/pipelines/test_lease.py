@@ -195,7 +195,7 @@ def test_of_eight_that_ask_at_one_moment_exactly_one_wins(output, round_):
 
 
 def test_a_rival_that_enters_after_our_look_at_the_holder_keeps_the_lease(output, monkeypatch):
-    rival, look = Lease(output, run_id="rival"), Lease.holder
+    rival, look = Lease(output, run_id="rival"), Lease._last
 
     def looked(self):
         found = look(self)
@@ -203,7 +203,7 @@ def test_a_rival_that_enters_after_our_look_at_the_holder_keeps_the_lease(output
             rival.__enter__()
         return found
 
-    monkeypatch.setattr(Lease, "holder", looked)
+    monkeypatch.setattr(Lease, "_last", looked)
     with pytest.raises(LeaseHeld, match="at this moment"), Lease(output, run_id="late"):
         pytest.fail("two runs hold one output")
     rival.check()
@@ -266,3 +266,19 @@ def test_the_heart_of_a_shut_out_holder_stops(output):
         assert not old._thread.is_alive()
         before = storage.read_bytes(storage.join(output, "_diffsr", "lease.json"))
     assert storage.read_bytes(storage.join(output, "_diffsr", "lease.json")) == before
+
+
+@pytest.mark.parametrize("died", [True, False], ids=["killed", "gave it back"])
+def test_who_follows_a_killed_holder_removes_its_half_written_files_and_no_other(output, died):
+    left = ["data/.tmp-0123456789abcdef", "_diffsr/ledger/.tmp-fedcba9876543210"]
+    kept = ["data/a.parquet", ".tmp-of-the-user", ".tmp-0123456789abcdef0"]
+    with Lease(output, run_id="first") as lease:
+        died_with = storage.read_bytes(lease._uri)
+        for name in left + kept:
+            storage.publish(storage.join(output, name), b"x")
+    if died:
+        document = {**json.loads(died_with), "expires": time.time() - 1}
+        storage.publish(lease._uri, json.dumps(document).encode())
+    with Lease(output, run_id="second"):
+        present = [name for name in left + kept if storage.exists(storage.join(output, name))]
+    assert present == (kept if died else left + kept)
