@@ -1,7 +1,9 @@
 """Laws of the reverse process: closed forms, the textbook formulas in float64, and a prior with a known answer."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,8 @@ import torch
 from torch import Tensor
 
 from diffsr_core.family import x0_and_eps
-from diffsr_core.sampler import SAMPLERS, last, noise_scales, reverse_step, sample
-from diffsr_core.schedule import Schedule, sampling_grid
+from diffsr_core.sampler import SAMPLERS, default_grid, langevin_step, last, noise_scales, reverse_step, sample
+from diffsr_core.schedule import GRIDS, Schedule, sampling_grid
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 KINDS = ("eps", "x_0", "v")
@@ -93,6 +95,113 @@ def test_sr3_has_the_posterior_mean_and_the_forward_variance() -> None:
         assert torch.allclose(found, mean + math.sqrt(1 - (a_t / a_s) ** 2) * z, atol=1e-12)
 
 
+def test_sr3s_algorithm_2_is_the_step_formula() -> None:
+    # Saharia et al. 2021, alg. 2, line 4, in alphas; DDPM's (Ho et al. 2020, alg. 2) differs in the variance alone.
+    for a_t, a_s in random_levels(200):
+        x_t, eps, z = normal(8, seed=1), normal(8, seed=2), normal(8, seed=3)
+        alpha, gamma = (a_t / a_s) ** 2, a_t**2
+        mean = (x_t - (1 - alpha) / math.sqrt(1 - gamma) * eps) / math.sqrt(alpha)
+        x_0 = (x_t - math.sqrt(1 - gamma) * eps) / a_t
+        tau, nu = noise_scales("sr3", a_t, a_s)
+        found = reverse_step(x_0, eps, a_s=a_s, tau=tau, nu=nu, z=z)
+        assert torch.allclose(found, mean + math.sqrt(1 - alpha) * z, rtol=1e-8, atol=1e-8)
+
+
+def test_ddpm_is_ddim_with_eta_1() -> None:
+    # Song et al. 2021 (DDIM), eq. 12 and 16: sigma(eta) scales the noise and is taken off the direction to x_t.
+    for a_t, a_s in random_levels(200):
+        sigma = math.sqrt((1 - a_s**2) / (1 - a_t**2)) * math.sqrt(1 - a_t**2 / a_s**2)
+        x_0, eps, z = normal(8, seed=1), normal(8, seed=2), normal(8, seed=3)
+        expected = a_s * x_0 + math.sqrt(1 - a_s**2 - sigma**2) * eps + sigma * z
+        tau, nu = noise_scales("ddpm", a_t, a_s)
+        assert torch.allclose(reverse_step(x_0, eps, a_s=a_s, tau=tau, nu=nu, z=z), expected, atol=1e-12)
+
+
+def test_resshift_is_the_papers_posterior_divided_by_the_size_of_its_state() -> None:
+    # Yue et al. 2023, eq. 7, on the residual u = x - y_LR with u_t = (1 - eta_t) r + kappa sqrt(eta_t) eps.
+    rng = np.random.default_rng(7)
+    for _ in range(200):
+        eta_s, eta_t = sorted(rng.uniform(1e-4, 0.98, 2).tolist())
+        size_t, size_s = (math.hypot(1 - eta, 2 * math.sqrt(eta)) for eta in (eta_t, eta_s))
+        r, x_t, z = normal(8, seed=1), normal(8, seed=2), normal(8, seed=3)
+        u_t = x_t * size_t
+        mean = eta_s / eta_t * u_t + (eta_t - eta_s) / eta_t * r
+        variance = 2**2 * eta_s / eta_t * (eta_t - eta_s)
+        a_t, a_s = (1 - eta_t) / size_t, (1 - eta_s) / size_s
+        eps = (x_t - a_t * r) / math.sqrt(1 - a_t**2)
+        tau, nu = noise_scales("resshift", a_t, a_s)
+        assert tau == nu and nu * size_s == pytest.approx(math.sqrt(variance), rel=1e-9)
+        found = reverse_step(r, eps, a_s=a_s, tau=tau, nu=nu, z=z)
+        assert torch.allclose(found * size_s, mean + math.sqrt(variance) * z, rtol=1e-9, atol=1e-9)
+
+
+def tilted(x_t: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    """A denoiser whose x_0 moves along the way, unlike one that knows it."""
+    x_0 = torch.tanh(x_t + a)
+    return x_0, (x_t - a * x_0) / math.sqrt(1 - a * a)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 10])
+def test_the_multistep_solver_is_the_published_dpm_solver_pp_2m(num_steps: int) -> None:
+    # Lu et al. 2022, alg. 2: x = sigma_s / sigma_t x - alpha_s (e^-h - 1) D with D = (1 + 1/2r) x_0 - 1/2r x_0 before,
+    # r = h before / h; first order on the first step, and on the last, where h is infinite.
+    grid = sampling_grid(Schedule(num_timesteps=100), num_steps, family="log_snr")
+    x = normal(8, seed=1000)
+    before = h_before = None
+    states = []
+    for i, (a_t, a_s) in enumerate(pairwise(grid.tolist())):
+        sigma_t, sigma_s = math.sqrt(1 - a_t**2), math.sqrt(1 - a_s**2)
+        x_0 = tilted(x, a_t)[0]
+        d = x_0
+        if i == num_steps - 1:
+            x = x_0
+        else:
+            h = math.log(a_s / sigma_s) - math.log(a_t / sigma_t)
+            if before is not None:
+                ratio = h_before / h
+                d = (1 + 1 / (2 * ratio)) * x_0 - 1 / (2 * ratio) * before
+            x = sigma_s / sigma_t * x - a_s * math.expm1(-h) * d
+            before, h_before = x_0, h
+        states.append((x, x_0))
+    found = sample(tilted, grid, noise=noise_of((8,)), sampler="dpmpp-2m", clip=False)
+    for (x_s, x_0), (wanted_x, wanted_x_0) in zip(found, states, strict=True):
+        assert torch.allclose(x_s, wanted_x, atol=1e-10) and torch.allclose(x_0, wanted_x_0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.3, 1.0])
+def test_a_langevin_step_follows_the_score_and_adds_its_noise(rate: float) -> None:
+    # Song and Ermon 2019, alg. 1: x + d score + sqrt(2 d) z, here with d = rate b^2 and score = -eps / b.
+    for a, _ in random_levels(50):
+        x, z = normal(8, seed=1), normal(8, seed=3)
+        x_0, eps = tilted(x, a)
+        d = rate * (1 - a * a)
+        expected = x + d * (-eps / math.sqrt(1 - a * a)) + math.sqrt(2 * d) * z
+        assert torch.allclose(langevin_step(x_0, eps, a=a, z=z, rate=rate), expected, atol=1e-12)
+
+
+def test_annealed_langevin_keeps_x_in_units_of_the_signal_between_its_levels() -> None:
+    grid = np.array([0.2, 0.5, 0.9, 1.0])
+    states = sample(tilted, grid, noise=noise_of((8,)), sampler="langevin", clip=False, corrections=2)
+    x = normal(8, seed=1000)
+    for i, (a_t, a_s) in enumerate(((0.2, 0.5), (0.5, 0.9))):
+        x = a_s * (x / a_t)  # x / a is the state of the variance-exploding process of Song and Ermon
+        for k in range(2):
+            x = langevin_step(*tilted(x, a_s), a=a_s, z=normal(8, seed=1000 + 4 + 2 * i + k))
+        assert torch.allclose(next(states)[0], x, atol=1e-12)
+    assert torch.allclose(next(states)[0], tilted(x, 0.9)[0], atol=1e-12)
+
+
+def test_edm_preconditioning_at_sigma_data_1_is_the_v_prediction() -> None:
+    # Karras et al. 2022, table 1: D = c_skip x + c_out F(c_in x) of x = x_t / a, sigma = b / a; with F = -v.
+    level = torch.linspace(0.01, 0.999, 50, dtype=torch.float64)
+    a = level[:, None, None, None]
+    sigma = (1 - a**2).sqrt() / a
+    v, x_t = normal(50, 2, 3, 3, seed=1), normal(50, 2, 3, 3, seed=2)
+    c_skip, c_out, c_in = 1 / (sigma**2 + 1), sigma / (sigma**2 + 1).sqrt(), 1 / (sigma**2 + 1).sqrt()
+    assert torch.allclose(c_in * x_t / a, x_t, atol=1e-12)  # the network sees x_t itself
+    assert torch.allclose(c_skip * x_t / a + c_out * -v, x0_and_eps(v, x_t, level, kind="v")[0], atol=1e-12)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_sampler_adds_noise_at_the_clean_end(sampler: str) -> None:
     for a_t, _ in random_levels(20):
@@ -162,6 +271,74 @@ def test_each_step_asks_for_its_own_noise_and_only_when_it_is_used() -> None:
         assert asked == expected
 
 
+@pytest.mark.parametrize("corrections", [0, 1, 3])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_noise_is_asked_for_twice_and_the_denoiser_is_called_as_often_as_promised(
+    sampler: str, corrections: int
+) -> None:
+    if sampler == "langevin" and not corrections:
+        return  # refused, as proved below
+    asked: Counter[int] = Counter()
+    levels: Counter[float] = Counter()
+
+    def noise(index: int) -> Tensor:
+        asked[index] += 1
+        return normal(3, seed=index)
+
+    def denoise(x_t: Tensor, a: float) -> tuple[Tensor, Tensor]:
+        levels[a] += 1
+        return tilted(x_t, a)
+
+    grid = sampling_grid(Schedule(num_timesteps=100), 5)
+    last(sample(denoise, grid, noise=noise, sampler=sampler, corrections=corrections))
+    assert max(asked.values()) == 1
+    assert [index for index in sorted(asked) if index > 5] == list(range(6, 6 + 4 * corrections))
+    assert [levels[a] for a in grid.tolist()] == [1, *[1 + corrections] * 4, 0]
+    assert levels.total() == 5 + corrections * 4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_only_langevin_corrects_unless_it_is_asked_for(sampler: str) -> None:
+    grid = sampling_grid(Schedule(num_timesteps=100), 5)
+    usual = 5 if sampler == "langevin" else 0
+    default, asked, more = (
+        last(sample(tilted, grid, noise=noise_of((8,)), sampler=sampler, corrections=corrections))
+        for corrections in (None, usual, usual + 1)
+    )
+    assert torch.equal(default, asked) and not torch.equal(default, more)
+
+
+@pytest.mark.parametrize(("sampler", "corrections", "least"), [("ddim", -1, 0), ("langevin", 0, 1)])
+def test_a_number_of_corrections_that_a_sampler_cannot_have_is_an_error(
+    sampler: str, corrections: int, least: int
+) -> None:
+    states = sample(tilted, np.array([0.1, 1.0]), noise=noise_of((8,)), sampler=sampler, corrections=corrections)
+    with pytest.raises(ValueError, match=rf"corrections \({corrections}\) must be at least {least} with {sampler}"):
+        next(states)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_late_start_is_the_image_noised_to_the_first_level(sampler: str) -> None:
+    image = normal(8, seed=5)
+    grid = sampling_grid(Schedule(num_timesteps=100), 3, family=default_grid(sampler), start=0.6)
+    seen: list[Tensor] = []
+
+    def denoise(x_t: Tensor, a: float) -> tuple[Tensor, Tensor]:
+        seen.append(x_t)
+        return tilted(x_t, a)
+
+    last(sample(denoise, grid, noise=noise_of((8,)), sampler=sampler, start=image))
+    assert torch.allclose(seen[0], 0.6 * image + 0.8 * normal(8, seed=1000), atol=1e-14)
+
+
+def test_every_sampler_has_a_grid_that_suits_it() -> None:
+    grids = {sampler: default_grid(sampler) for sampler in SAMPLERS}
+    assert set(grids.values()) <= set(GRIDS)
+    assert (grids["dpmpp-2m"], grids["resshift"], grids["ddim"]) == ("log_snr", "resshift", "uniform")
+    with pytest.raises(ValueError, match=r"'heun'"):
+        default_grid("heun")
+
+
 def test_the_denoiser_is_called_once_a_step_with_the_levels_of_the_grid() -> None:
     grid = sampling_grid(Schedule(num_timesteps=100), 5)
     seen: list[float] = []
@@ -186,6 +363,14 @@ def test_clipping_bounds_x_0_and_takes_eps_from_the_clipped_one() -> None:
     assert torch.equal(end, bounded)
     (_, x_0), (end, _) = sample(known(wild), grid, noise=lambda step: start, clip=False)
     assert torch.equal(x_0, wild) and torch.equal(end, wild)
+
+
+def test_a_correction_clips_as_the_steps_do() -> None:
+    wild, start = torch.full((8,), 9.0, dtype=torch.float64), normal(8, seed=1000)
+    grid = np.array([0.1, 0.6, 1.0])
+    states = (sample(known(x_0), grid, noise=noise_of((8,)), corrections=1) for x_0 in (wild, wild.clamp(-1, 1)))
+    (clipped, _), (bounded, _) = (next(each) for each in states)
+    assert torch.allclose(clipped, bounded, atol=1e-14) and not torch.allclose(clipped, start)
 
 
 @pytest.mark.parametrize("kind", KINDS)
