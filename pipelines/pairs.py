@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from diffsr_core.degradation import DEGRADATIONS
+from diffsr_core.degradation import Degradation
 from pipelines import storage
 from pipelines.config import check, fingerprint, to_mapping
 from pipelines.engine import say
@@ -26,9 +26,9 @@ class PairsConfig:
     output: str = field(metadata={"unit": "URI"})
     """Where the pair set is kept: data/*.parquet, manifest.json and the ledger in _diffsr/."""
     scale: int = 4
-    """HR pixels per LR pixel along one axis."""
+    """HR pixels per LR pixel along one axis; 1 for pairs of one size, with a degradation that does more than resize."""
     degradation: str = "bicubic"
-    """Recipe that makes LR from HR: bicubic or bilinear."""
+    """Recipe that makes LR: bicubic, bilinear, blur-bicubic, noise, jpeg or real; or JSON of a name and settings."""
     patch: int = field(default=256, metadata={"unit": "PIXELS"})
     """Side of the square HR patches; a multiple of the scale."""
     max_per_image: int = 64
@@ -59,15 +59,8 @@ class PairsConfig:
     """Say what would be done, and stop."""
 
     def __post_init__(self) -> None:
-        check(self.scale >= 2, "scale", self.scale, "must be at least 2", "use 2, 3, 4 or 8")
-        names = ", ".join(sorted(DEGRADATIONS))
-        check(
-            self.degradation in DEGRADATIONS,
-            "degradation",
-            self.degradation,
-            f"must be one of {names}",
-            "use one of them",
-        )
+        check(self.scale >= 1, "scale", self.scale, "must be at least 1", "use 2, 3, 4 or 8")
+        Degradation.parse(self.degradation, self.scale)
         check(
             self.patch >= self.scale and self.patch % self.scale == 0,
             "patch",
@@ -91,7 +84,11 @@ class PairsConfig:
         """Return the settings that decide the bytes of the set."""
         running = {"source", "output", "unit_megabytes", "max_dead_share", "retry_failed", "engine", "num_workers"}
         running.add("dry_run")
-        return {name: value for name, value in to_mapping(self).items() if name not in running}
+        recipe = {name: value for name, value in to_mapping(self).items() if name not in running}
+        document = json.loads(Degradation.parse(self.degradation, self.scale).to_json())
+        if "settings" in document:  # written out: the defaults of another version are another recipe
+            recipe["degradation"] = json.dumps({name: document[name] for name in ("name", "settings")})
+        return recipe
 
 
 def make_pairs(config: PairsConfig) -> Summary:

@@ -1,6 +1,7 @@
 """One unit of the pairs job: sources in, one Parquet file of LR-HR patches out, a receipt per source."""
 
 import hashlib
+import io
 import math
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from diffsr_core.degradation import Degradation, crop_to_multiple
 from pipelines import storage
@@ -32,7 +34,7 @@ class PairsWorker:
     def __init__(self, *, source: str, output: str, recipe: dict[str, Any]) -> None:
         self.source, self.output, self.recipe = source, output, recipe
         self.fingerprint = fingerprint(recipe)
-        self.degradation = Degradation(recipe["degradation"], recipe["scale"])
+        self.degradation = Degradation.parse(recipe["degradation"], recipe["scale"])
 
     def __call__(self, rows: list[dict[str, Any]], enter: Enter) -> list[Receipt]:
         unit_id = rows[0]["unit_id"]
@@ -96,7 +98,7 @@ class PairsWorker:
 
     def _pair(self, key: str, etag: str, digest: str, split: str, y: int, x: int, hr: np.ndarray) -> dict[str, Any]:
         seed = int.from_bytes(blake2b(f"{self.recipe['seed']} {digest} {y} {x}".encode(), digest_size=7).digest())
-        lr = self.degradation.apply(crop_to_multiple(hr, self.degradation.scale), seed=seed)
+        lr = self.degradation.apply(crop_to_multiple(hr, self.degradation.scale), seed=seed, jpeg=jpeg_codec)
         hr_blob, lr_blob = encode_lossless(hr, self.recipe["codec"]), encode_lossless(lr, self.recipe["codec"])
         codec = "png" if hr.shape[2] == 1 else self.recipe["codec"]
         return {
@@ -144,6 +146,15 @@ class PairsWorker:
 
 def _leaves() -> list[str]:
     return [name for name in PAIR_SCHEMA.names if name != "crop"] + [f"crop.{name}" for name in "yxhw"]
+
+
+def jpeg_codec(pixels: np.ndarray, quality: int) -> np.ndarray:
+    """Return uint8 HWC pixels (C = 1 or 3) after JPEG at this quality, colours at half resolution as in most files."""
+    sink = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(
+        sink, "JPEG", quality=quality, subsampling="4:2:0"
+    )
+    return np.asarray(JpegImageFile(io.BytesIO(sink.getvalue()))).reshape(pixels.shape)
 
 
 def split_of(digest: str, *, val_share: float, test_share: float) -> str:

@@ -1,14 +1,20 @@
 """Laws of the resizing in MATLAB's convention."""
 
+import hashlib
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from diffsr_core.metrics import psnr, rgb_to_y
-from diffsr_core.resize import downscale, downscale_pixels, kernel_value, resize, resize_weights, upscale
+from diffsr_core.resize import adjoint, downscale, downscale_pixels, imresize, rescale, resize, resize_pixels, upscale
+from diffsr_core.taps import kernel_value, resize_weights
 
 DATA = Path(__file__).parents[2] / "../shared/data"
 needs_matlab = pytest.mark.skipif(not (DATA / "matlab").is_dir(), reason="no MATLAB pairs in ../shared/data/matlab")
@@ -17,6 +23,11 @@ needs_set5 = pytest.mark.skipif(not (DATA / "test/set5").is_dir(), reason="no Se
 
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"))
+
+
+sides = st.integers(1, 23)
+scales = st.builds(Fraction, st.integers(1, 9), st.integers(1, 9))
+kernels = st.sampled_from(["bicubic", "bilinear"])
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -55,12 +66,97 @@ def test_resize_is_the_separable_sum_of_its_taps() -> None:
     assert torch.allclose(resize(x, (5, 17)), expected, rtol=0, atol=1e-14)
 
 
+def test_taps_beyond_the_border_are_mirrored_or_replicated() -> None:
+    assert resize_weights(3, 6)[0][:2].tolist() == [[1, 0, 0, 1], [0, 0, 1, 2]]
+    assert resize_weights(3, 6, border="replicate")[0][:2].tolist() == [[0, 0, 0, 1], [0, 0, 1, 2]]
+
+
+def matlab_matrix(size: int, scale: float, kernel: str) -> np.ndarray:
+    """contributions() of imresize.m, written again as loops in floating point, 1-based as there."""
+
+    def value(x: float) -> float:
+        d = abs(x)
+        if kernel == "bilinear":
+            return max(0.0, 1 - d)
+        return (1.5 * d**3 - 2.5 * d**2 + 1) if d <= 1 else (-0.5 * d**3 + 2.5 * d**2 - 4 * d + 2) if d <= 2 else 0.0
+
+    shrink = min(scale, 1.0)
+    width = (4 if kernel == "bicubic" else 2) / shrink
+    mirrored = [*range(size), *reversed(range(size))]
+    matrix = np.zeros((math.ceil(size * scale - 1e-9), size))
+    for row in range(matrix.shape[0]):
+        u = (row + 1) / scale + 0.5 * (1 - 1 / scale)
+        left = math.floor(u - width / 2)
+        for tap in range(left, left + math.ceil(width) + 2):
+            matrix[row, mirrored[(tap - 1) % (2 * size)]] += shrink * value(shrink * (u - tap))
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=sides, width=sides, scale=scales, kernel=kernels)
+def test_rescale_is_imresize_of_matlab_for_any_rational_scale(height, width, scale, kernel) -> None:
+    x = image(1, 2, height, width)
+    rows, columns = (matlab_matrix(size, float(scale), kernel) for size in (height, width))
+    got = rescale(x, scale, kernel=kernel)
+    assert got.shape[2:] == (math.ceil(height * scale), math.ceil(width * scale))
+    assert np.abs(got.numpy() - rows @ x.numpy() @ columns.T).max() < 1e-12
+
+
+def test_rescale_places_the_outputs_by_the_scale_and_resize_by_the_sizes() -> None:
+    # 41 px at scale 1/2 are 21: output 5 lies at 2 * 5.5 - 0.5 by the scale, at 41 / 21 * 5.5 - 0.5 by the sizes.
+    ramp = torch.arange(41, dtype=torch.float64).view(1, 1, 41, 1)
+    assert float(rescale(ramp, Fraction(1, 2))[0, 0, 5, 0]) == pytest.approx(10.5, abs=1e-12)
+    assert float(resize(ramp, (21, 1))[0, 0, 5, 0]) == pytest.approx(41 / 21 * 5.5 - 0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 5])
+def test_rescale_by_a_whole_number_or_its_inverse_has_the_bits_of_upscale_and_downscale(scale: int) -> None:
+    x = image(2, 3, 15, 30 * scale, dtype=torch.float32)
+    assert torch.equal(rescale(x, scale), upscale(x, scale))
+    y = image(1, 2, 7 * scale, 4 * scale, dtype=torch.float32)
+    assert torch.equal(rescale(y, Fraction(1, scale)), downscale(y, scale))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "digest"), [(torch.float32, "fd50aa7b94943f4b"), (torch.float64, "56cd6aeadfaf38ea")]
+)
+def test_bits_are_those_of_the_first_release(dtype: torch.dtype, digest: str) -> None:
+    # Made by this project's commit fee97fe: published files depend on these bits.
+    x = ((torch.arange(2 * 3 * 24 * 36) * 7919) % 1009).reshape(2, 3, 24, 36).to(dtype) / 1009
+    made = (downscale(x, 4), upscale(x, 3), resize(x, (17, 50)), downscale(x, 2, kernel="bilinear"))
+    assert hashlib.sha256(b"".join(y.numpy().tobytes() for y in made)).hexdigest()[:16] == digest
+
+
+PUBLISHED = [("A_set5_x4", 4, "{}x4.png"), *((f"B_set5_x{scale}", scale, "{}.png") for scale in (2, 3, 4))]
+
+
 @needs_matlab
-def test_matlab_lr_of_baboon_is_reproduced_bit_for_bit() -> None:
+@pytest.mark.parametrize(("folder", "scale", "lr_name"), PUBLISHED)
+def test_published_files_are_reproduced_bit_for_bit_by_their_flavour_alone(folder, scale, lr_name) -> None:
+    files = sorted((DATA / "matlab" / folder / "HR").iterdir())
+    assert len(files) == 5
+    for path in files:
+        hr, lr = pixels(path), pixels(path.parents[1] / "LR" / lr_name.format(path.stem))
+        same = {flavour: np.array_equal(imresize(hr, Fraction(1, scale), flavour=flavour), lr) for flavour in "ABC"}
+        assert same == {flavour: flavour == folder[0] for flavour in "ABC"}, path.name
+
+
+@needs_matlab
+def test_matlab_lr_of_baboon_is_reproduced_bit_for_bit_by_flavour_c_alone() -> None:
     folder = DATA / "matlab/C_baboon_x4"
-    small = downscale_pixels(pixels(folder / "gt_baboon.png"), 4)
-    rounded = np.floor(np.clip(small, 0, 255) + 0.5).astype(np.uint8)
-    assert np.array_equal(rounded, pixels(folder / "lq_baboon_x4.png"))
+    hr, lr = pixels(folder / "gt_baboon.png"), pixels(folder / "lq_baboon_x4.png")
+    same = {flavour: np.array_equal(imresize(hr, Fraction(1, 4), flavour=flavour), lr) for flavour in "ABC"}
+    assert same == {"A": False, "B": False, "C": True}
+    assert np.array_equal(np.floor(np.clip(downscale_pixels(hr, 4), 0, 255) + 0.5), lr)
+
+
+@settings(max_examples=20, deadline=None)
+@given(height=sides, width=sides, scale=scales, flavour=st.sampled_from("ABC"), dtype=st.sampled_from(["u1", "u2"]))
+def test_imresize_keeps_type_and_channels_and_a_flat_image(height, width, scale, flavour, dtype) -> None:
+    flat = np.full((height, width, 5), 200, dtype=dtype)
+    got = imresize(flat, scale, flavour=flavour)
+    assert got.dtype == flat.dtype and got.shape == (math.ceil(height * scale), math.ceil(width * scale), 5)
+    assert (got == 200).all() and np.array_equal(imresize(flat[..., 0], scale, flavour=flavour), got[..., 0])
 
 
 @needs_set5
@@ -124,6 +220,49 @@ def test_type_is_kept_and_narrow_types_cost_one_rounding(dtype: torch.dtype) -> 
     assert (got.double() - downscale(x.double(), 4)).abs().max() <= 2 * torch.finfo(dtype).eps
 
 
+@settings(max_examples=80, deadline=None)
+@given(size=st.tuples(sides, sides), to=st.tuples(sides, sides), channels=st.integers(1, 5), kernel=kernels)
+def test_the_adjoint_of_resize_is_its_exact_transpose(size, to, channels, kernel) -> None:
+    x, y = 2 * image(2, channels, *size) - 1, 2 * image(2, channels, *to).flip(0, 3) - 1
+    left = (resize(x, to, kernel=kernel) * y).sum()
+    assert abs(left - (x * adjoint(y, size, kernel=kernel)).sum()) < 1e-10
+
+
+@settings(max_examples=80, deadline=None)
+@given(size=st.tuples(sides, sides), scale=scales, channels=st.integers(1, 5), kernel=kernels)
+def test_the_adjoint_of_rescale_is_its_exact_transpose(size, scale, channels, kernel) -> None:
+    x = 2 * image(1, channels, *size) - 1
+    made = rescale(x, scale, kernel=kernel)
+    y = 2 * image(*made.shape).flip(1, 3) - 1
+    assert abs((made * y).sum() - (x * adjoint(y, size, kernel=kernel, scale=scale)).sum()) < 1e-10
+
+
+def test_the_adjoint_of_a_row_is_the_transposed_matrix_computed_by_hand() -> None:
+    # The halving of 4 px by the triangle, mirrored at both ends, is [[4, 3, 1, 0], [0, 1, 3, 4]] / 8.
+    y = torch.tensor([8.0, 800.0], dtype=torch.float64).view(1, 1, 2, 1)
+    assert adjoint(y, (4, 1), kernel="bilinear").flatten().tolist() == [4.0, 103.0, 301.0, 400.0]
+    assert torch.equal(adjoint(y, (2, 1)), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gradient_is_the_adjoint_bit_for_bit_and_its_gradient_is_resize(dtype: torch.dtype) -> None:
+    x, y = image(2, 3, 9, 14).to(dtype).requires_grad_(), image(2, 3, 21, 5).to(dtype).requires_grad_()
+    (gradient,) = torch.autograd.grad(resize(x, (21, 5)), x, y)
+    assert torch.equal(gradient, adjoint(y, (9, 14))) and gradient.dtype == dtype
+    (back,) = torch.autograd.grad(adjoint(y, (9, 14)), y, x)
+    assert torch.equal(back, resize(x, (21, 5)))
+
+
+def test_the_gradient_does_not_change_with_the_batch() -> None:
+    y = image(4, 3, 9, 11, dtype=torch.float32)
+    assert torch.equal(adjoint(y, (36, 44)), torch.cat([adjoint(one[None], (36, 44)) for one in y]))
+
+
+def test_gradient_of_the_gradient_is_that_of_finite_differences() -> None:
+    x = image(1, 1, 5, 4).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda a: rescale(a, Fraction(3, 2)).pow(2), (x,))
+
+
 def test_gradient_is_that_of_finite_differences() -> None:
     x = image(1, 1, 8, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda a: upscale(downscale(a, 2), 3), (x,))
@@ -142,6 +281,7 @@ def test_pixels_are_resized_as_their_tensor() -> None:
     expected = downscale(torch.from_numpy(hwc.astype(np.float64)).permute(2, 0, 1)[None], 4)[0].permute(1, 2, 0)
     assert np.array_equal(downscale_pixels(hwc, 4), expected.numpy())
     assert np.array_equal(downscale_pixels(hwc[..., 1], 4), expected.numpy()[..., 1])
+    assert np.array_equal(resize_pixels(hwc, (3, 4)), expected.numpy())
 
 
 @pytest.mark.parametrize(("shape", "name"), [((1, 1, 10, 8), "height is 10 px"), ((1, 1, 8, 10), "width is 10 px")])
@@ -159,3 +299,18 @@ def test_other_mistakes_are_refused_by_name() -> None:
         resize(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), (2, 2))
     with pytest.raises(ValueError, match="out_size is 0"):
         resize(torch.zeros(1, 1, 4, 4), (0, 2))
+    for scale in (0, Fraction(-1, 2), 0.5, True):
+        with pytest.raises(ValueError, match=r"^scale is .*: it must be a positive Fraction or whole number; write Fr"):
+            rescale(torch.zeros(1, 1, 4, 4), scale)
+    with pytest.raises(ValueError, match="y is 2x3 px: it must have the size that scale 1/2 makes of 4x4 px"):
+        adjoint(torch.zeros(1, 1, 2, 3), (4, 4), scale=Fraction(1, 2))
+    with pytest.raises(ValueError, match="y is torch.int64"):
+        adjoint(torch.zeros(1, 1, 2, 2, dtype=torch.int64), (4, 4))
+    with pytest.raises(ValueError, match="border is 'wrap'"):
+        resize_weights(4, 2, border="wrap")
+    with pytest.raises(ValueError, match="flavour is 'D'"):
+        imresize(np.zeros((4, 4), np.uint8), Fraction(1, 2), flavour="D")
+    with pytest.raises(ValueError, match="pixels is float64"):
+        imresize(np.zeros((4, 4)), Fraction(1, 2))
+    with pytest.raises(ValueError, match=r"pixels has shape \(4,\)"):
+        downscale_pixels(np.zeros(4), 2)

@@ -1,0 +1,102 @@
+"""Taps of a separable resize: which samples each output reads, and how much of each, as MATLAB's imresize has it."""
+
+import math
+from fractions import Fraction
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kernel = Literal["bicubic", "bilinear"]
+Border = Literal["symmetric", "replicate"]
+
+# Width of each kernel before it is widened.
+_SUPPORT_PX: dict[str, int] = {"bicubic": 4, "bilinear": 2}
+
+
+def kernel_value(x: Tensor, kernel: Kernel) -> Tensor:
+    """Return the kernel at distance x, in source px: Keys' cubic with a = -0.5, or the triangle.
+
+    Raises ValueError for another name. Source: R. Keys, "Cubic convolution interpolation", 1981, equation 15.
+    """
+    d = x.abs()
+    if kernel == "bicubic":
+        near = (1.5 * d - 2.5) * d * d + 1.0
+        far = ((-0.5 * d + 2.5) * d - 4.0) * d + 2.0
+        return torch.where(d <= 1, near, torch.where(d <= 2, far, torch.zeros_like(d)))
+    if kernel == "bilinear":
+        return (1.0 - d).clamp_min(0.0)
+    raise ValueError(f"kernel is {kernel!r}: it must be one of {sorted(_SUPPORT_PX)}; choose one of them")
+
+
+@lru_cache(maxsize=256)
+def resize_weights(
+    in_size: int,
+    out_size: int,
+    *,
+    kernel: Kernel = "bicubic",
+    scale: Fraction | None = None,
+    border: Border = "symmetric",
+) -> tuple[Tensor, Tensor]:
+    """Return the taps of each output position: indices int64 (out_size, K) and weights float64 (out_size, K).
+
+    scale: what places the outputs and, below 1, widens the kernel; out_size / in_size where it is None. MATLAB uses the
+    scale that was given, even where rounding up out_size made the quotient another.
+    Each row of weights sums to 1 and keeps straight lines straight when it enlarges or shrinks by a whole number.
+    Indices beyond the border are mirrored (edge sample repeated), or clamped with "replicate". The tensors are shared
+    between callers: do not write into them.
+    Raises ValueError for a size below 1, a scale of 0 or less, or another kernel or border.
+    Source: contributions() in MATLAB's imresize.m.
+    """
+    for name, value in (("in_size", in_size), ("out_size", out_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: a side must be at least 1 px; check the size that was asked for")
+    if kernel not in _SUPPORT_PX:
+        raise ValueError(f"kernel is {kernel!r}: it must be one of {sorted(_SUPPORT_PX)}; choose one of them")
+    if border not in ("symmetric", "replicate"):
+        raise ValueError(f"border is {border!r}: it must be symmetric or replicate; choose one of them")
+    ratio = Fraction(out_size, in_size) if scale is None else checked_scale(scale)
+    up, down = ratio.numerator, ratio.denominator
+    # Tensors born in inference mode could not take part in a later backward pass, and these outlive the call.
+    with torch.inference_mode(False), torch.no_grad():
+        # Centres and distances are whole multiples of 1 / (2 up) source px. As integers they are exact, so equal
+        # phases have equal weights wherever they lie, and a window gets the bits of the whole.
+        support, widest = _SUPPORT_PX[kernel], max(up, down)
+        centre = (2 * torch.arange(out_size) + 1) * down - up
+        left = torch.div(centre - support * widest, 2 * up, rounding_mode="floor")
+        position = left[:, None] + torch.arange(math.ceil(support * widest / up) + 2)
+        distance = (centre[:, None] - position * (2 * up)).to(torch.float64) / (2 * widest)
+        weights = kernel_value(distance, kernel)
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        mirrored = position % (2 * in_size)
+        mirrored = torch.where(mirrored < in_size, mirrored, 2 * in_size - 1 - mirrored)
+        indices = mirrored if border == "symmetric" else position.clamp(0, in_size - 1)
+        used = (weights != 0).any(dim=0)
+        return indices[:, used].contiguous(), weights[:, used].contiguous()
+
+
+def transpose_taps(indices: Tensor, weights: Tensor, in_size: int) -> tuple[Tensor, Tensor]:
+    """Return the taps of the transposed matrix, indices and weights (in_size, K'): what each input sample receives.
+
+    Rows with fewer than K' taps are filled up with weights of 0.
+    """
+    order = indices.flatten().argsort(stable=True)
+    receiver = indices.flatten()[order]
+    count = receiver.bincount(minlength=in_size)
+    column = torch.arange(len(order)) - (count.cumsum(0) - count)[receiver]
+    shape = (in_size, int(count.max()))
+    back_indices, back_weights = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.float64)
+    back_indices[receiver, column] = order // indices.shape[1]
+    back_weights[receiver, column] = weights.flatten()[order]
+    return back_indices, back_weights
+
+
+def checked_scale(scale: Fraction | int) -> Fraction:
+    """Return the scale as a Fraction.
+
+    Raises ValueError for 0 or less, and for a float: 0.3 is a fraction of 2**54, whose ceil surprises.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, (Fraction, int)) or scale <= 0:
+        raise ValueError(f"scale is {scale!r}: it must be a positive Fraction or whole number; write Fraction(3, 10)")
+    return Fraction(scale)
