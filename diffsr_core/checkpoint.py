@@ -10,12 +10,10 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from diffsr_core.family import ModelConfig, SuperResolver
-from diffsr_core.networks.rrdb import RRDBConfig
-from diffsr_core.networks.srdiff import SRDiffConfig
+from diffsr_core.family import DENOISERS, ENCODERS, ModelConfig, SuperResolver
 from diffsr_core.schedule import Schedule
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, EMA, CONFIG, CARD = "model.safetensors", "ema.safetensors", "config.json", "README.md"
 
 
@@ -63,16 +61,24 @@ def load_model(folder: Path, *, ema: bool = True) -> tuple[SuperResolver, dict[s
 def config_from_json(fields: Mapping[str, Any]) -> ModelConfig:
     """Return the ModelConfig that `dataclasses.asdict` and JSON made of it."""
     denoiser = fields["denoiser"]
-    if denoiser is not None:
-        denoiser = SRDiffConfig(**{**denoiser, "multipliers": tuple(denoiser["multipliers"])})
     return ModelConfig(
         **{
             **fields,
-            "encoder": RRDBConfig(**fields["encoder"]),
-            "denoiser": denoiser,
+            "encoder": _network(fields["encoder"], ENCODERS),
+            "denoiser": None if denoiser is None else _network(denoiser, DENOISERS),
             "schedule": Schedule(**fields["schedule"]),
         }
     )
+
+
+def _network(fields: Mapping[str, Any], known: Mapping[str, tuple[type, Any]]) -> Any:
+    """Return the settings of a network, whose class its `kind` names."""
+    if fields.get("kind") not in known:
+        raise ValueError(f"network kind ({fields.get('kind')!r}) must be one of {', '.join(known)}; update DiffSR")
+    typed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    if "network" in typed:
+        typed["network"] = _network(typed["network"], DENOISERS)
+    return known[fields["kind"]][0](**typed)
 
 
 def _document(data: bytes) -> dict[str, Any]:

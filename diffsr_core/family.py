@@ -6,35 +6,105 @@
     back         x_0 / residual_scale + anchor
 
 SR3 has anchor `zero` and residual_scale 1; SRDiff anchor `bicubic` and 2; the anchored models anchor `regression`: the
-diffusion then has to explain only what the regression network cannot. A model without a denoiser is that regression.
+diffusion then has to explain only what the regression network cannot. A model without a denoiser is that regression;
+an encoder without a condition makes it a plain DDPM.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from diffsr_core.networks.interpolation import Interpolation, InterpolationConfig
+from diffsr_core.networks.one_pass import OnePass, OnePassConfig
 from diffsr_core.networks.rrdb import RRDBConfig, RRDBNet
+from diffsr_core.networks.seed3 import Seed3Config, Seed3UNet
+from diffsr_core.networks.sr3 import SR3Config, SR3UNet
 from diffsr_core.networks.srdiff import SRDiffConfig, SRDiffUNet
 from diffsr_core.resize import upscale
+from diffsr_core.sampler import Denoise
 from diffsr_core.schedule import Schedule, step_of_noise_level
+
+# By the `kind` that config.json names.
+ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
+    "rrdb": (RRDBConfig, RRDBNet),
+    "interpolation": (InterpolationConfig, Interpolation),
+    "one_pass": (OnePassConfig, OnePass),
+}
+DENOISERS: dict[str, tuple[type, type[nn.Module]]] = {
+    "srdiff": (SRDiffConfig, SRDiffUNet),
+    "sr3": (SR3Config, SR3UNet),
+    "seed3": (Seed3Config, Seed3UNet),
+}
+
+
+Anchor = Literal["zero", "bicubic", "regression"]
+Told = Literal["noise_level", "amplitude", "step"]
+Prediction = Literal["eps", "x_0", "v"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything needed to rebuild a model; written to config.json. denoiser None is the regression twin."""
+    """Everything needed to rebuild a model; written to config.json. denoiser None is the regression twin.
 
-    encoder: RRDBConfig
-    denoiser: SRDiffConfig | None = None
+    told: `step` t, `noise_level` (as its angle, 0 to 1000), or `amplitude` (the level itself, as the public SR3 code).
+    anchor_gain: 255/256 for SRDiff's released weights, whose anchor was made from pixels / 256. Raises ValueError for
+    parts that do not fit one another.
+    """
+
+    encoder: RRDBConfig | InterpolationConfig | OnePassConfig
+    denoiser: SRDiffConfig | SR3Config | Seed3Config | None = None
     schedule: Schedule = Schedule()
-    anchor: Literal["zero", "bicubic", "regression"] = "bicubic"
+    anchor: Anchor = "bicubic"
+    anchor_gain: float = 1.0
     residual_scale: float = 2.0
     residual_clip: bool = True
     space_to_depth: int = 1
-    told: Literal["noise_level", "step"] = "step"
-    prediction: Literal["eps", "x_0", "v"] = "eps"
+    told: Told = "step"
+    prediction: Prediction = "eps"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("anchor", self.anchor, get_args(Anchor)),
+            ("told", self.told, get_args(Told)),
+            ("prediction", self.prediction, get_args(Prediction)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} ({value!r}) must be one of {', '.join(known)}")
+        for name, number in (("anchor_gain", self.anchor_gain), ("residual_scale", self.residual_scale)):
+            if not 0 < number < math.inf:
+                raise ValueError(f"{name} ({number}) must be positive and finite; 1 changes nothing")
+        if self.denoiser is not None:
+            self._check_fit(self.denoiser)
+
+    def _check_fit(self, denoiser: SRDiffConfig | SR3Config | Seed3Config) -> None:
+        encoder = self.encoder
+        if self.space_to_depth < 1 or encoder.scale % self.space_to_depth:
+            raise ValueError(
+                f"space_to_depth ({self.space_to_depth}) must divide the scale ({encoder.scale}); use 1 or the scale"
+            )
+        diffused = encoder.channels * self.space_to_depth**2
+        for name, value, wanted in (
+            ("channels", denoiser.channels, diffused),
+            ("condition_channels", denoiser.condition_channels, encoder.condition_channels),
+        ):
+            if value != wanted:
+                raise ValueError(f"denoiser {name} ({value}) must be {wanted} beside this encoder; set it so")
+        enlarged = denoiser.condition_scale if isinstance(denoiser, SRDiffConfig) else 1
+        if enlarged * encoder.feature_scale * self.space_to_depth != encoder.scale:
+            raise ValueError(
+                f"condition_scale ({enlarged}, always 1 but for srdiff) x the encoder's feature_scale "
+                f"({encoder.feature_scale}) x space_to_depth ({self.space_to_depth}) must be the scale "
+                f"({encoder.scale}); change space_to_depth, or srdiff's condition_scale"
+            )
+        if self.anchor == "regression" and not encoder.regresses:
+            raise ValueError(f"anchor (regression) needs an encoder that regresses, not {encoder.kind}; use bicubic")
+        if self.anchor == "bicubic" and encoder.condition_channels == 0:
+            raise ValueError("anchor (bicubic) reads the LR, and this encoder has no condition; use zero")
+        if self.anchor != "bicubic" and self.anchor_gain != 1.0:
+            raise ValueError(f"anchor_gain ({self.anchor_gain}) is of the bicubic anchor, not {self.anchor}; use 1")
 
     @property
     def scale(self) -> int:
@@ -45,13 +115,20 @@ class ModelConfig:
     def lr_stride(self) -> int:
         """Heights and widths of an LR window must be multiples of this."""
         if self.denoiser is None:
-            return 1
+            return self.encoder.lr_stride
         stride = self.denoiser.stride * self.space_to_depth
-        return stride // math.gcd(stride, self.scale)
+        return math.lcm(self.encoder.lr_stride, stride // math.gcd(stride, self.scale))
+
+    @property
+    def lr_smallest(self) -> int:
+        """Heights and widths of an LR window must be at least this."""
+        if not isinstance(self.denoiser, SRDiffConfig):
+            return self.lr_stride
+        return max(self.lr_stride, math.ceil(self.denoiser.smallest * self.space_to_depth / self.scale))
 
 
 class Condition(NamedTuple):
-    """What the LR image says, computed once: features (B, F, h, w) and anchor (B, 3, H, W) in [-1, 1]."""
+    """What the LR image says, computed once: features (B, F, h', w') and anchor (B, C, H, W) in [-1, 1]."""
 
     features: Tensor
     anchor: Tensor
@@ -62,13 +139,18 @@ def x0_and_eps(prediction: Tensor, x_t: Tensor, noise_level: Tensor, *, kind: st
 
     a = noise_level, b = sqrt(1 - a^2): x_t = a x_0 + b eps, v = a eps - b x_0 (Salimans and Ho 2022, app. D).
     """
-    a = noise_level[:, None, None, None].to(x_t.dtype)
-    b = torch.sqrt(1 - a * a)
+    a, b = amplitudes(noise_level, x_t.dtype)
     if kind == "eps":
         return (x_t - b * prediction) / a, prediction
     if kind == "x_0":
         return prediction, (x_t - a * prediction) / b
     return a * x_t - b * prediction, b * x_t + a * prediction
+
+
+def amplitudes(noise_level: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return (a, b), of the signal and of the noise, each (B, 1, 1, 1), for noise_level (B,)."""
+    a = noise_level[:, None, None, None].to(dtype)
+    return a, torch.sqrt((1 - a) * (1 + a))  # 1 - a * a loses 3 % of b^2 at SR3's cleanest level in float32
 
 
 class SuperResolver(nn.Module):
@@ -77,11 +159,11 @@ class SuperResolver(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = RRDBNet(config.encoder)
-        self.denoiser = SRDiffUNet(config.denoiser) if config.denoiser is not None else None
+        self.encoder = ENCODERS[config.encoder.kind][1](config.encoder)
+        self.denoiser = DENOISERS[config.denoiser.kind][1](config.denoiser) if config.denoiser is not None else None
 
     def condition(self, lr: Tensor) -> Condition:
-        """Return the condition of lr (B, 3, h, w) in [-1, 1]; the only place that runs the encoder."""
+        """Return the condition of lr (B, C + E, h, w) in [-1, 1]; the only place that runs the encoder."""
         features, image = self.encoder(lr)
         return self.condition_of(lr, features, image)
 
@@ -89,18 +171,22 @@ class SuperResolver(nn.Module):
         """Return the condition for the encoder's outputs, when they were computed window by window."""
         if self.config.anchor == "regression" or self.denoiser is None:
             return Condition(features, image)
-        anchor = upscale(lr, self.config.scale)
-        return Condition(features, anchor if self.config.anchor == "bicubic" else torch.zeros_like(anchor))
+        if self.config.anchor == "zero":
+            return Condition(features, torch.zeros_like(image))
+        anchor = upscale(lr[:, : self.config.encoder.channels], self.config.scale)
+        if self.config.anchor_gain != 1.0:
+            anchor = (anchor + 1) * self.config.anchor_gain - 1
+        return Condition(features, anchor)
 
     def target(self, hr: Tensor, condition: Condition) -> Tensor:
-        """Return x_0 (B, 3 f^2, H / f, W / f) for hr (B, 3, H, W) in [-1, 1]."""
+        """Return x_0 (B, C f^2, H / f, W / f) for hr (B, C, H, W) in [-1, 1]."""
         x_0 = (hr - condition.anchor) * self.config.residual_scale
         if self.config.residual_clip:
             x_0 = x_0.clamp(-1, 1)
         return nn.functional.pixel_unshuffle(x_0, self.config.space_to_depth)
 
     def restore(self, x_0: Tensor, condition: Condition) -> Tensor:
-        """Return the image (B, 3, H, W) that `target` maps to x_0 (exactly so where the residual was not clipped)."""
+        """Return the image (B, C, H, W) that `target` maps to x_0 (exactly so where the residual was not clipped)."""
         residual = nn.functional.pixel_shuffle(x_0, self.config.space_to_depth)
         return residual / self.config.residual_scale + condition.anchor
 
@@ -115,24 +201,20 @@ class SuperResolver(nn.Module):
         assert self.denoiser is not None, "a regression model has no denoiser"
         if self.config.told == "step":
             position = step_of_noise_level(self.config.schedule, noise_level)
+        elif self.config.told == "amplitude":
+            position = noise_level
         else:
             # The angle acos(a) grows evenly along a cosine schedule; x1000 spreads it over the embedding's frequencies
-            # (without a large factor the network cannot tell the levels apart: models.md, WaveGrad's remark).
+            # (without a large factor a network cannot tell the levels apart, as WaveGrad's users found).
             position = torch.acos(noise_level.double().clamp(-1, 1)).float() * (1000 * 2 / math.pi)
         out: Tensor = self.denoiser(x_t, position, features)
         return out
 
-    def regression_loss(self, hr: Tensor, lr: Tensor) -> Tensor:
-        """Return the L1 loss of the encoder's own image (Li et al. 2021, sec. 4.1, pre-training)."""
-        return nn.functional.l1_loss(self.encoder(lr)[1], hr)
+    def denoise(self, features: Tensor) -> Denoise:
+        """Return the function (x_t (B, C, h, w), noise level) -> (x_0, eps) that a sampler asks, for a whole batch."""
 
-    def diffusion_loss(self, hr: Tensor, lr: Tensor, noise_level: Tensor, eps: Tensor) -> Tensor:
-        """Return the L1 loss of the denoiser with the encoder frozen; eps has the shape of x_0, noise_level (B,)."""
-        with torch.no_grad():
-            condition = self.condition(lr)
-        x_0 = self.target(hr, condition)
-        a = noise_level[:, None, None, None]
-        b = torch.sqrt(1 - a * a)
-        x_t = a * x_0 + b * eps
-        wanted = {"eps": eps, "x_0": x_0, "v": a * eps - b * x_0}[self.config.prediction]
-        return nn.functional.l1_loss(self.predict(x_t, noise_level, condition.features), wanted)
+        def ask(x_t: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
+            level = torch.full((len(x_t),), noise_level, device=x_t.device)
+            return x0_and_eps(self.predict(x_t, level, features), x_t, level, kind=self.config.prediction)
+
+        return ask

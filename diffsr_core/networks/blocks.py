@@ -10,15 +10,19 @@ Padding = Literal["zeros", "reflect"]
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Position (B,) -> (B, dim): sines then cosines at frequencies from 1 down to 1/10000 (Vaswani et al. 2017)."""
+    """Position (B,) -> (B, dim): sines then cosines at frequencies from 1 down to 1/10000 (Vaswani et al. 2017).
 
-    def __init__(self, dim: int) -> None:
+    endpoint: as in `numpy.linspace`, whether 1/10000 itself is the last frequency; DDPM takes it, WaveGrad does not.
+    """
+
+    def __init__(self, dim: int, *, endpoint: bool = True) -> None:
         super().__init__()
         self.dim = dim
+        self.endpoint = endpoint
 
     def forward(self, position: Tensor) -> Tensor:
         half = self.dim // 2
-        exponent = torch.arange(half, device=position.device, dtype=torch.float32) / (half - 1)
+        exponent = torch.arange(half, device=position.device, dtype=torch.float32) / (half - self.endpoint)
         angle = position.float()[:, None] * torch.exp(exponent * -math.log(10000.0))
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 

@@ -15,6 +15,7 @@ from diffsr_core.checkpoint import (
     CONFIG,
     EMA,
     WEIGHTS,
+    _digest,
     config_from_json,
     load_model,
     model_files,
@@ -25,6 +26,7 @@ from diffsr_core.family import ModelConfig, SuperResolver
 from diffsr_core.networks.rrdb import RRDBConfig
 from diffsr_core.networks.srdiff import SRDiffConfig
 from diffsr_core.schedule import Schedule
+from tests.core.tiny import MODELS, ONE_PASS_TWIN, model_of
 
 MODEL = ModelConfig(
     encoder=RRDBConfig(scale=2, num_features=4, num_blocks=2, head="pixel_shuffle"),
@@ -40,12 +42,16 @@ OTHERS = [
     replace(MODEL, told="noise_level"),
     replace(MODEL, prediction="eps"),
     replace(MODEL, anchor="bicubic"),
-    replace(MODEL, space_to_depth=1),
+    replace(MODEL, denoiser=replace(MODEL.denoiser, channels=3, condition_scale=2), space_to_depth=1),  # type: ignore[type-var]
     replace(MODEL, schedule=Schedule(name="cosine", num_timesteps=17)),
     replace(MODEL, schedule=Schedule(name="linear", num_timesteps=18)),
+    replace(MODEL, schedule=Schedule(name="linear", num_timesteps=17, last_beta=0.02)),
     replace(MODEL, encoder=replace(MODEL.encoder, num_blocks=3)),
+    replace(MODEL, encoder=replace(MODEL.encoder, extra_channels=1)),
+    replace(MODEL, anchor="bicubic", anchor_gain=255 / 256),
     replace(MODEL, denoiser=replace(MODEL.denoiser, multipliers=(1, 3))),  # type: ignore[type-var]
     replace(MODEL, denoiser=None),
+    *MODELS.values(),
 ]
 
 
@@ -78,6 +84,21 @@ def test_a_model_comes_back_bit_for_bit(ema: bool, tmp_path: Path) -> None:
     assert document["preset"] == "tiny"
 
 
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_every_kind_of_model_comes_back_with_its_running_statistics(config: ModelConfig) -> None:
+    model = model_of(config)
+    weights = {
+        name: value + 3 if value.dtype == torch.int64 else torch.rand_like(value)
+        for name, value in model.state_dict().items()
+    }
+    found, _ = model_from_files(model_files(config, weights, weights, preset="tiny", card=""))
+    assert type(found.encoder) is type(model.encoder) and type(found.denoiser) is type(model.denoiser)
+    assert found.config == config and not found.training
+    state = found.state_dict()
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[name], value) and state[name].dtype == value.dtype for name, value in weights.items())
+
+
 @pytest.mark.parametrize("config", [MODEL, *OTHERS, *(presets.get(name).model for name in presets.names())])
 def test_a_configuration_comes_back_from_json(config: ModelConfig) -> None:
     document = json.loads(model_files(config, {}, {}, preset="p", card="")[CONFIG])
@@ -101,7 +122,7 @@ def test_the_files_are_safetensors_json_and_text_and_hold_no_pickle() -> None:
         entries = [entry for key, entry in header.items() if key != "__metadata__"]
         assert {entry["dtype"] for entry in entries} == {"F32"}
         assert 8 + length + max(entry["data_offsets"][1] for entry in entries) == len(files[name])
-    assert json.loads(files[CONFIG])["format"] == 1
+    assert json.loads(files[CONFIG])["format"] == 2
     assert files[CARD] == b"# a card"
 
 
@@ -176,12 +197,55 @@ def test_an_altered_setting_is_an_error(before: str, after: str) -> None:
         model_from_files({**files, CONFIG: text.replace(before, after).encode()})
 
 
-@pytest.mark.parametrize("number", [0, 2, "1", None])
+@pytest.mark.parametrize("number", [0, 1, 3, "2", None])
 def test_a_foreign_format_is_an_error_that_names_it(number: object) -> None:
     files = folder()
     document = {**json.loads(files[CONFIG]), "format": number}
     with pytest.raises(ValueError, match=rf"format \({number}\)"):
         model_from_files({**files, CONFIG: json.dumps(document).encode()})
+
+
+def altered(files: dict[str, bytes], *path: str, value: object) -> dict[str, bytes]:
+    """A folder that says something else with the right digest, as a later version would write it."""
+    document = json.loads(files[CONFIG])
+    place = document["model"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    settings = {key: document[key] for key in ("format", "preset", "model")}
+    document["digest"] = _digest(settings, {name: files[name] for name in (WEIGHTS, EMA)})
+    return {**files, CONFIG: json.dumps(document).encode()}
+
+
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [(MODEL, ("encoder", "kind")), (MODEL, ("denoiser", "kind")), (ONE_PASS_TWIN, ("encoder", "network", "kind"))],
+)
+@pytest.mark.parametrize("kind", ["transformer", "", None])
+def test_an_unknown_kind_of_network_is_an_error_that_lists_the_known_ones(
+    config: ModelConfig, path: tuple[str, ...], kind: object
+) -> None:
+    weights = SuperResolver(config).state_dict()
+    files = model_files(config, weights, weights, preset="tiny", card="")
+    known = "rrdb, interpolation, one_pass" if path == ("encoder", "kind") else "srdiff, sr3, seed3"
+    with pytest.raises(ValueError, match=rf"network kind \({kind!r}\) must be one of {known}; update DiffSR"):
+        model_from_files(altered(files, *path, value=kind))
+    assert model_from_files(altered(files, "prediction", value="x_0"))[0].config.prediction == "x_0"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("prediction",), "flow", r"prediction \('flow'\)"),
+        (("denoiser", "channels"), 3, r"channels \(3\) must be 12"),
+        (("schedule", "name"), "sigmoid", r"schedule name \('sigmoid'\)"),
+    ],
+)
+def test_a_setting_that_this_version_does_not_know_is_an_error(
+    path: tuple[str, ...], value: object, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_from_files(altered(folder(), *path, value=value))
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b"null", b'"text"'])
