@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_DATA_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: venv demo test check format serve clean
+.PHONY: venv demo test bench check format serve clean
 
 venv: $(VENV)/ready
 
@@ -32,6 +32,13 @@ format: venv
 test: venv check
 	$(BIN)/python -m tests.s3_server
 	$(BIN)/python -m pytest
+
+# The tables of tests/benchmarks: about 20 minutes on one core. One that fails does not empty its table.
+bench: venv
+	mkdir -p build
+	for name in solvers cascade steps; do \
+	  $(BIN)/python -m tests.benchmarks.$$name > build/$$name.md || exit 1; mv build/$$name.md tests/benchmarks/; \
+	done
 
 # The demo's MLflow: experiments, models, aliases.
 serve: venv

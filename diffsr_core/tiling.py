@@ -64,10 +64,10 @@ def fuse(
 ) -> list[Tensor]:
     """Return the canvases (1, C, H', W') that `function` gives window by window.
 
-    canvases: (1, C, H, W) each; the first is at LR resolution, the others at an integer multiple of it. function gets
-    and returns lists of (micro_batch, C, h, w). pool: several micro-batches in flight; the result is the same.
+    canvases: (1, C, H, W) each, at an integer multiple of the plan's resolution. function gets and returns lists of
+    (micro_batch, C, h, w). pool: several micro-batches in flight; the result is the same.
     """
-    unit = canvases[0].shape[-1]
+    height, unit = max(w.core_bottom for w in plan), max(w.core_right for w in plan)
     factors = [c.shape[-1] // unit for c in canvases]
 
     def run(chunk: Sequence[Window]) -> list[Tensor]:
@@ -82,7 +82,6 @@ def fuse(
     outputs: list[Tensor] = []
     for chunk, results in zip(chunks, (pool.map if pool else map)(run, chunks), strict=True):
         if not outputs:
-            height = canvases[0].shape[-2]
             scales = [r.shape[-1] // tile for r in results]
             outputs = [r.new_empty(1, r.shape[1], height * f, unit * f) for r, f in zip(results, scales, strict=True)]
         for out, result, f in zip(outputs, results, scales, strict=True):

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("diffsr_core", "pipelines", "jobs")
-JOBS = ("pairs", "training", "evaluation", "promotion", "upscaling")
+JOBS = ("pairs", "training", "evaluation", "promotion", "upscaling", "manipulation", "importing")
 TOP_LEVEL = {
     "pyproject.toml",
     "constraints.txt",
@@ -73,7 +73,10 @@ def test_the_jobs_import_the_pipelines_and_the_standard_library() -> None:
     assert {path: names - allowed for path, names in roots("jobs").items() if names - allowed} == {}
 
 
-def test_the_five_jobs_do_not_import_one_another() -> None:
+def test_the_jobs_and_tools_do_not_import_one_another() -> None:
+    from pipelines import cli
+
+    assert {entry.module for entry in cli.JOBS.values()} == {f"pipelines.{job}" for job in JOBS}
     for job in JOBS:
         others = {f"pipelines.{other}" for other in JOBS if other != job}
         assert others.isdisjoint(imports((ROOT / "pipelines" / f"{job}.py").read_text("utf-8"))), job

@@ -140,10 +140,43 @@ def test_every_call_has_one_shape_and_what_is_missing_is_zero(micro_batch: int) 
 
 def test_a_window_is_read_where_the_plan_says() -> None:
     canvas = torch.arange(12 * 10, dtype=torch.float32).view(1, 1, 12, 10)
-    window = Window(top=3, left=2, core_top=4, core_bottom=6, core_left=3, core_right=5)
+    plan = [
+        Window(top=0, left=0, core_top=0, core_bottom=5, core_left=0, core_right=10),
+        Window(top=2, left=0, core_top=5, core_bottom=12, core_left=0, core_right=10),
+    ]
     seen: list[Tensor] = []
-    fuse(lambda inputs: seen.append(inputs[0]) or inputs, [canvas], [window], tile=4, micro_batch=1)  # type: ignore[func-returns-value]
-    assert torch.equal(seen[0], canvas[:, :, 3:7, 2:6])
+    (found,) = fuse(
+        lambda inputs: seen.append(inputs[0]) or inputs,  # type: ignore[func-returns-value]
+        [canvas],
+        plan,
+        tile=10,
+        micro_batch=1,
+    )
+    assert torch.equal(seen[0], canvas[:, :, 0:10]) and torch.equal(seen[1], canvas[:, :, 2:12])
+    assert torch.equal(found, canvas)
+
+
+def test_what_is_written_lies_where_the_core_says() -> None:
+    canvas = torch.zeros(1, 1, 6, 6)
+    numbered = iter(range(1, 10))
+
+    def function(inputs: list[Tensor]) -> list[Tensor]:
+        return [torch.full_like(inputs[0], next(numbered))]
+
+    plan = windows(6, 6, tile=4, halo=1)
+    (found,) = fuse(function, [canvas], plan, tile=4, micro_batch=1)
+    assert [(w.core_bottom, w.core_right) for w in plan] == [(3, 3), (3, 6), (6, 3), (6, 6)]
+    expected = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat_interleave(3, 0).repeat_interleave(3, 1)
+    assert torch.equal(found[0, 0], expected)
+
+
+def test_the_plan_gives_the_resolution_whatever_canvas_comes_first() -> None:
+    # An encoder's features may be larger than the LR, and a canvas may have no channel at all.
+    plan = windows(12, 20, tile=8, halo=2)
+    large, small, empty = integers(1, 3, 48, 80), integers(1, 1, 24, 40, seed=1), torch.zeros(1, 0, 12, 20)
+    for canvases in ([large, small, empty], [empty, small, large], [small]):
+        found = fuse(lambda inputs: inputs, canvases, plan, tile=8, micro_batch=2)
+        assert all(torch.equal(one, other) for one, other in zip(found, canvases, strict=True))
 
 
 def test_a_canvas_below_the_tile_and_a_halo_without_core_are_errors() -> None:
