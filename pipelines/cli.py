@@ -1,4 +1,4 @@
-"""The five jobs, one definition with two faces: `python jobs/<job>.py ...` and `diffsr <verb> ...`."""
+"""The jobs and tools, one definition with two faces: `python jobs/<job>.py ...` and `diffsr <verb> ...`."""
 
 import os
 import sys
@@ -13,13 +13,18 @@ DONE, FAILED, BAD_ARGUMENTS, BUDGET_EXCEEDED, LEASE_HELD = 0, 1, 2, 3, 5  # 4 is
 
 @dataclass(frozen=True)
 class Job:
-    """Where a job lives: imported when it is called, so that `--help` of one does not pay for the others."""
+    """Where a job lives: imported when it is called, so that `--help` of one does not pay for the others.
+
+    default: the verb when the first word is none, "" where one must be given; None for a job without verbs, whose
+    module else lists them in VERBS.
+    """
 
     module: str
     config: str
     function: str
     verb: str
     examples: str
+    default: str | None = None
 
 
 JOBS = {
@@ -34,12 +39,18 @@ JOBS = {
                    "promote.py --model diffsr --rollback"),
     "upscale": Job("pipelines.upscaling", "UpscaleConfig", "upscale", "upscale",
                    "upscale.py --source s3://archive/in --output s3://archive/out --model models:/diffsr@champion\n"
-                   "upscale.py status --source s3://archive/in --output s3://archive/out"),
+                   "upscale.py status --source s3://archive/in --output s3://archive/out", default="run"),
+    "manipulate": Job("pipelines.manipulation", "ManipulateConfig", "manipulate", "manipulate",
+                      "manipulate.py samples --lr photo.png --output samples --model runs/1/model\n"
+                      "manipulate.py interpolate --lr photo.png --output between --model runs/1/model\n"
+                      "manipulate.py fuse --lr photo.png --donor other.png --mask mask.png --output fused", default=""),
+    "import_weights": Job("pipelines.importing", "ImportConfig", "import_weights", "import",
+                          "import_weights.py --weights I640000_E37_gen.pth --scale 8 --output s3://archive/models/sr3"),
 }  # fmt: skip
 
 
 def parse(job: str, argv: Sequence[str], *, prog: str | None = None) -> Any:
-    """Return the job's config from its flags (a verb of upscale is skipped). Bad arguments are SystemExit(2)."""
+    """Return the job's config from its flags (its verb is skipped). Bad arguments are SystemExit(2)."""
     from pipelines.config import parse as parse_config
 
     entry = JOBS[job]
@@ -49,16 +60,18 @@ def parse(job: str, argv: Sequence[str], *, prog: str | None = None) -> Any:
 
 
 def split_verb(job: str, argv: Sequence[str]) -> tuple[str, list[str]]:
-    """Return (verb, the flags): upscale takes a verb as first word, `run` when there is none."""
-    words = list(argv)
-    if job != "upscale" or not words or words[0].startswith("-"):
-        return "run", words
-    from pipelines.upscaling import VERBS
-
-    if words[0] not in VERBS:
-        print(
-            f"upscale: error: verb ({words[0]!r}) must be one of {', '.join(VERBS)}; use one of them", file=sys.stderr
-        )
+    """Return (verb, the flags): some jobs take a verb as first word."""
+    words, entry = list(argv), JOBS[job]
+    if entry.default is None:
+        return "", words
+    if not words or words[0].startswith("-"):
+        asks = {"-h", "--help", "--print-config"} & set(words)
+        if entry.default or asks:
+            return entry.default, words
+        words = ["", *words]
+    verbs = import_module(entry.module).VERBS
+    if words[0] not in verbs:
+        print(f"{job}: error: verb ({words[0]!r}) must be one of {', '.join(verbs)}; use one of them", file=sys.stderr)
         raise SystemExit(BAD_ARGUMENTS)
     return words[0], words[1:]
 
@@ -90,7 +103,7 @@ def run_job(job: str, argv: Sequence[str], *, prog: str | None = None) -> int:
     started = time.monotonic()
     summary = Summary(job=JOBS[job].verb, run_id=new_run_id(JOBS[job].verb), status="failed", exit_code=FAILED)
     try:
-        summary = function(config, verb=verb) if job == "upscale" else function(config)
+        summary = function(config) if JOBS[job].default is None else function(config, verb=verb)
     except BudgetExceeded as error:
         counts: dict[str, Any] = dict(error.counts)
         summary = replace(summary, exit_code=BUDGET_EXCEEDED, **counts)
@@ -136,7 +149,7 @@ def main() -> None:
     if not words or words[0] in ("-h", "--help"):
         print("usage: diffsr VERB [options]\n\nverbs (each has --help):")
         for verb, job in verbs.items():
-            print(f"  {verb:10}{_first_line(job)}")
+            print(f"  {verb:12}{_first_line(job)}")
         raise SystemExit(DONE if words else BAD_ARGUMENTS)
     if words[0] not in verbs:
         print(

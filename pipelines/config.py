@@ -82,7 +82,7 @@ def to_mapping(config: "DataclassInstance") -> dict[str, Any]:
 
 
 def to_yaml(config: "DataclassInstance") -> str:
-    """Every setting, one a line, in the order of the dataclass; `--config` reads it back to an equal config."""
+    """Every setting, one a line, in the order of the help; `--config` reads it back to an equal config."""
     return yaml.dump(to_mapping(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)
 
 
@@ -101,7 +101,9 @@ def _model(config_class: type) -> type[BaseModel]:
         described = {name: entry.get("description") for name, entry in schema["properties"].items()}
         texts |= {name: text for name, text in described.items() if text}
     hints, fields = get_type_hints(config_class), dict[str, Any]()
-    for field in dataclasses.fields(config_class):
+    own = inspect.get_annotations(config_class)
+    # Settings that several jobs share come from a base class, and after the job's own.
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own):
         if field.name.startswith("no_"):
             raise TypeError(f"{field.name}: argparse would take its flag for a negation; name what is on")
         default = ... if field.default is dataclasses.MISSING else field.default

@@ -145,11 +145,10 @@ def train_loop(
             say(f"train: continues at step {trainer.step}")
         if trainer.done and saved[4]:
             report(saved[4])
-    share = recipe.batch_size // world
+    share, channels = recipe.batch_size // world, model.config.encoder.lr_channels
     reader = PairReader(config.pairs, manifest, "train", seed=recipe.seed)
-    batches = prefetch(
-        reader, batch_size=recipe.batch_size, first=trainer.step, last=recipe.num_steps, rank=rank, share=share
-    )
+    first, last, size = trainer.step, recipe.num_steps, recipe.batch_size
+    batches = prefetch(reader, batch_size=size, first=first, last=last, rank=rank, share=share, channels=channels)
     window = _Window()
     while not trainer.done:
         waiting = time.monotonic()
@@ -203,11 +202,12 @@ def _validate(config: LoopConfig, manifest: Manifest, trainer: Trainer) -> dict[
     if not manifest.num_pairs("val"):
         return {}
     reader = PairReader(config.pairs, manifest, "val", seed=0)
-    hr, lr = reader.batch(range(min(16, reader.num_pairs)))
+    channels = trainer.model.config.encoder.lr_channels
+    hr, lr = reader.batch(range(min(16, reader.num_pairs)), channels=channels)
     model = SuperResolver(trainer.model.config)
     model.load_state_dict({name: value.cpu() for name, value in trainer.ema.items()})
     stage = trainer.recipe.stage_at(trainer.step - 1)[0].name
-    result = validate(model, to_tensor(hr), to_tensor(lr), with_sample=stage == "diffusion")
+    result = validate(model, to_tensor(hr), to_tensor(lr), with_sample=stage != "regression")
     picture = encode_lossless(np.concatenate(list(result.strips[:4]), axis=0), "png")
     storage.publish(storage.join(config.output, "samples", f"step-{trainer.step:08d}.png"), picture)
     return result.metrics
@@ -225,12 +225,20 @@ def _card(config: LoopConfig, manifest: Manifest) -> str:
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """Return float32 (B, 3, H, W) in [-1, 1] for uint8 (B, H, W, 3)."""
+    """Return float32 (B, C, H, W) in [-1, 1] for uint8 (B, H, W, C)."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def prefetch(
-    reader: PairReader, *, batch_size: int, first: int, last: int, rank: int, share: int, ahead: int = 4
+    reader: PairReader,
+    *,
+    batch_size: int,
+    first: int,
+    last: int,
+    rank: int,
+    share: int,
+    channels: int = 3,
+    ahead: int = 4,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield this rank's slice of the batches of steps first..last-1, decoded ahead in a thread (codecs free the GIL).
 
@@ -242,7 +250,7 @@ def prefetch(
         try:
             for step in range(first, last):
                 start = step * batch_size + rank * share
-                ready.put(reader.batch(range(start, start + share)))
+                ready.put(reader.batch(range(start, start + share), channels=channels))
         except BaseException as error:
             ready.put(error)
 

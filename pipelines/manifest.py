@@ -127,10 +127,18 @@ class PairReader:
         hr, lr = self._blobs(group)[row]
         return decode_lossless(hr), decode_lossless(lr)
 
-    def batch(self, positions: range) -> tuple[np.ndarray, np.ndarray]:
-        """Return (hr, lr) uint8 (B, H, W, 3) for these positions; grey is repeated into three channels."""
+    def batch(self, positions: range, *, channels: int = 3) -> tuple[np.ndarray, np.ndarray]:
+        """Return (hr, lr) uint8 (B, H, W, channels) for these positions; grey is repeated into all channels.
+
+        Raises ValueError for a pair of another number of channels.
+        """
         rows = [self.pair(position) for position in positions]
-        hr, lr = ([np.broadcast_to(x, (*x.shape[:2], 3)) for x in side] for side in zip(*rows, strict=True))
+        found = {image.shape[2] for row in rows for image in row} - {1, channels}
+        if found:
+            raise ValueError(
+                f"pairs of {self.pairs} have {found.pop()} channels: the model reads {channels}; choose another preset"
+            )
+        hr, lr = ([np.broadcast_to(x, (*x.shape[:2], channels)) for x in side] for side in zip(*rows, strict=True))
         return np.stack(hr), np.stack(lr)
 
     def _epoch_order(self, epoch: int) -> list[tuple[Group, int]]:

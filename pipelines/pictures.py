@@ -50,6 +50,7 @@ def _upscale(upscaler: Upscaler, data: bytes, *, format: str, quality: int, max_
     chosen = target_format(picture.format, format)
     if picture.alpha is not None and chosen == "JPEG":
         raise Refused("encode", "alpha", "JPEG cannot store its transparency; choose png, webp or tiff")
+    check_channels(upscaler, picture.pixels)
     sr = upscaler(picture.pixels, digest=storage.digest_bytes(data)).sr
     alpha = None if picture.alpha is None else bicubic(picture.alpha[:, :, None], scale)[:, :, 0]
     icc = None if chosen == "WEBP" and sr.shape[2] == 1 else picture.icc
@@ -62,6 +63,14 @@ def _upscale(upscaler: Upscaler, data: bytes, *, format: str, quality: int, max_
         "colour_drift": float(np.abs(means(published) - means(picture)).max()),
     }
     return UpscaledPicture(encoded, chosen, picture.format, metrics)
+
+
+def check_channels(upscaler: Upscaler, pixels: np.ndarray[Any, Any]) -> None:
+    """Raise Refused for an image whose channels the model does not read."""
+    try:
+        upscaler.check_channels(pixels)
+    except ValueError as error:
+        raise Refused("upscale", "channels", str(error)) from None
 
 
 def means(picture: Picture) -> np.ndarray[Any, Any]:

@@ -5,22 +5,22 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from diffsr_core.checkpoint import model_from_files
-from diffsr_core.degradation import DEGRADATIONS
-from diffsr_core.upscaler import SamplingRecipe
+from diffsr_core.degradation import Degradation
+from diffsr_core.upscaler import Upscaler
 from pipelines import storage
 from pipelines.config import check
 from pipelines.engine import say
 from pipelines.gate import Rules, Verdict, judge
 from pipelines.models import ResolvedModel, resolve
 from pipelines.runs import Summary
-from pipelines.sampling import check_sampling
+from pipelines.sampling import SamplingConfig
 from pipelines.scoring import METRICS, Dataset, open_dataset, score_dataset
 
 REFUSED_EXIT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromoteConfig:
+class PromoteConfig(SamplingConfig):
     """Compare a registered version with the champion and move the alias, or roll the alias back."""
 
     model: str = field(metadata={"unit": "NAME"})
@@ -36,7 +36,7 @@ class PromoteConfig:
     split: str = "test"
     """Split of a pair set that is scored."""
     degradation: str = "bicubic"
-    """Recipe that makes LR from a folder's HR images."""
+    """Recipe that makes LR from a folder's HR images: a name or JSON, as for make_pairs."""
     primary: str = field(default="psnr_y", metadata={"group": "rules"})
     """Metric that must improve: psnr, ssim, psnr_y, ssim_y or lr_psnr."""
     min_gain: float = 0.0
@@ -47,14 +47,6 @@ class PromoteConfig:
     """Every image's LR-PSNR must reach this, in dB."""
     max_latency_ratio: float = 2.0
     """Seconds per image may grow by this factor at most."""
-    sampler: str = field(default="ddim", metadata={"group": "sampling"})
-    """Solver of the reverse process."""
-    steps: int = 8
-    """Network calls per image."""
-    seed: int = 0
-    """Noise seed."""
-    num_threads: int = 1
-    """Threads of one network call."""
     engine: Literal["ray", "local"] = field(default="ray", metadata={"group": "running"})
     """Ray Data actors, or a plain loop in this process."""
     num_workers: int = 1
@@ -63,13 +55,12 @@ class PromoteConfig:
     """Say what would be compared, and stop."""
 
     def __post_init__(self) -> None:
-        check_sampling(self.sampler, self.steps, self.num_threads, seed=self.seed)
+        super().__post_init__()
         check(self.rollback or self.dataset is not None, "dataset", self.dataset, "must be given", "use --dataset URI")
         check(self.primary in METRICS, "primary", self.primary, f"must be one of {', '.join(METRICS)}", "use psnr_y")
         check(self.challenger is None or self.challenger >= 1, "challenger", self.challenger,
               "must be a version, 1 or more", "leave it out for the newest")  # fmt: skip
-        check(self.degradation in DEGRADATIONS, "degradation", self.degradation,
-              f"must be one of {', '.join(sorted(DEGRADATIONS))}", "use one of them")  # fmt: skip
+        Degradation.parse(self.degradation, 2)  # the scale is the model's, not known yet
         check(self.ssim_margin >= 0, "ssim_margin", self.ssim_margin, "must be at least 0", "use 0.005")
         check(self.max_latency_ratio > 0, "max_latency_ratio", self.max_latency_ratio, "must be above 0", "use 2")
         check(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1", "use 1 or more")
@@ -99,7 +90,10 @@ def promote(config: PromoteConfig) -> Summary:
         return Summary(job="promote", run_id="none", status="done", unchanged=1)
     challenger = resolve(f"models:/{config.model}/{version}")
     holder = None if champion is None else resolve(f"models:/{config.model}/{champion}")
-    scale = model_from_files(challenger.files)[0].config.scale
+    networks = [model_from_files(model.files)[0] for model in (challenger, holder) if model is not None]
+    for network in networks:
+        Upscaler(network, config.sampling())  # refuses settings that do not fit a model before any work is planned
+    scale = networks[0].config.scale
     assert config.dataset is not None
     dataset = open_dataset(config.dataset, split=config.split, degradation=config.degradation, scale=scale)
     against = "bicubic, as there is no champion yet" if holder is None else holder.label
@@ -148,13 +142,10 @@ def _rollback(config: PromoteConfig, client: Any, champion: int | None) -> Summa
 
 
 def _score(config: PromoteConfig, dataset: Dataset, model: ResolvedModel) -> list[dict[str, Any]]:
-    recipe = SamplingRecipe(
-        sampler=config.sampler, num_steps=config.steps, seed=config.seed, num_threads=config.num_threads
-    )
     return score_dataset(
         dataset,
         model,
-        recipe,
+        config.sampling(),
         baselines=("bicubic",),
         output=config.output,
         engine=config.engine,

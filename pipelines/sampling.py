@@ -1,15 +1,67 @@
-"""The sampling settings that evaluate, promote and upscale share, checked once."""
+"""The sampling settings that evaluate, promote, upscale and manipulate share: their flags, checked once."""
+
+from dataclasses import dataclass, field
+from typing import Literal
 
 from diffsr_core.sampler import SAMPLERS
+from diffsr_core.schedule import GRIDS
+from diffsr_core.upscaler import SamplingRecipe
 from pipelines.config import check
 
 
-def check_sampling(sampler: str, steps: int, num_threads: int, *, seed: int) -> None:
-    """Raise ValueError for sampling settings that no model could take."""
-    check(sampler in SAMPLERS, "sampler", sampler, f"must be one of {', '.join(SAMPLERS)}", "use one of them")
-    check(steps >= 1, "steps", steps, "must be at least 1", "use 4 to 100")
-    check(num_threads >= 1, "num_threads", num_threads, "must be at least 1", "use 1")
-    check_seed(seed)
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How a sample is drawn."""
+
+    sampler: str = field(default="ddim", metadata={"group": "sampling"})
+    """Solver of the reverse process: ddim, ddpm, sr3, dpmpp-2m, resshift or langevin."""
+    grid: str = "auto"
+    """Noise levels it visits: uniform, log_snr, karras, linear, resshift, or auto for the sampler's own."""
+    steps: int = 8
+    """Steps of that grid: network calls per image (langevin asks more)."""
+    start_level: float = 0.0
+    """0 starts from noise; above 0 from the model's regression noised to this level, which saves steps."""
+    seed: int = 0
+    """Noise seed."""
+    consistency: Literal["exact", "off"] = "exact"
+    """Projection onto the LR; off for a model of scale 1."""
+    tile: int = 64
+    """Side of a network window in LR pixels."""
+    halo: int = 8
+    """LR pixels around a window's core that are computed and not written."""
+    num_threads: int = 1
+    """Threads of one network call; part of what decides the bytes."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Arithmetic of the network; bf16 is faster where the processor has it, and gives other bytes."""
+
+    def __post_init__(self) -> None:
+        check(self.sampler in SAMPLERS, "sampler", self.sampler, f"must be one of {', '.join(SAMPLERS)}",
+              "use one of them")  # fmt: skip
+        grids = ("auto", *GRIDS)
+        check(self.grid in grids, "grid", self.grid, f"must be one of {', '.join(grids)}", "use auto")
+        check(self.steps >= 1, "steps", self.steps, "must be at least 1", "use 4 to 100")
+        check(self.num_threads >= 1, "num_threads", self.num_threads, "must be at least 1", "use 1")
+        check(self.tile >= 1, "tile", self.tile, "must be at least 1", "use 64")
+        most = (self.tile - 1) // 2
+        check(0 <= self.halo <= most, "halo", self.halo, f"must be from 0 to less than half the tile ({self.tile})",
+              f"use {min(8, most)}")  # fmt: skip
+        check_seed(self.seed)
+        self.sampling()
+
+    def sampling(self) -> SamplingRecipe:
+        """Return the sampling recipe."""
+        return SamplingRecipe(
+            sampler=self.sampler,
+            grid=self.grid,
+            num_steps=self.steps,
+            start_level=self.start_level,
+            seed=self.seed,
+            tile=self.tile,
+            halo=self.halo,
+            num_threads=self.num_threads,
+            precision=self.precision,
+            consistency=self.consistency,
+        )
 
 
 def check_seed(seed: int) -> None:

@@ -22,6 +22,8 @@ from pipelines.engine import check_engine, map_actors, progress
 from pipelines.images import SUFFIXES, Refused, decode, decode_lossless, encode_lossless
 from pipelines.manifest import iter_pairs, load_manifest, read_pair
 from pipelines.models import ResolvedModel, load_files, publish_model
+from pipelines.patches import jpeg_codec
+from pipelines.pictures import check_channels
 from pipelines.work import read_source
 
 BASELINES = ("bicubic", "regression")
@@ -67,7 +69,7 @@ def open_dataset(source: str, *, split: str, degradation: str, scale: int, limit
         recipe = f"pairs {manifest.digest}"
     else:
         items = [Item(key=o.key, etag=o.etag) for o in storage.list_objects(source, suffixes=SUFFIXES)]
-        recipe = Degradation(degradation, scale).to_json()
+        recipe = Degradation.parse(degradation, scale).to_json()
         split = ""
     if not items:
         raise ValueError(f"dataset ({source}, split {split!r}) must hold images; it holds none: give another")
@@ -98,10 +100,14 @@ class Scorer:
                 size = f"{pixels.shape[0]}x{pixels.shape[1]} px"
                 raise Refused("score", "too_small", f"{size}: each side must be at least {least} px to be scored")
             hr = crop_to_multiple(pixels, self.scale)
-            lr = Degradation(json.loads(self.degradation)["name"], self.scale).apply(hr, seed=0)
+            seed = int(storage.digest_bytes(data)[:14], 16)  # of the content: whoever scores it makes the same LR
+            lr = Degradation(**json.loads(self.degradation)).apply(hr, seed=seed, jpeg=jpeg_codec)
+        check_channels(self.upscaler, lr)
         result = self.upscaler(lr, digest=storage.digest_bytes(data))
-        made = {"bicubic": bicubic(lr, self.scale), "regression": result.regression}
-        return {"lr": lr, "hr": hr, **{name: made[name] for name in self.baselines}, "model": result.sr}
+        made = {"bicubic": bicubic(lr, self.scale), "model": result.sr}
+        if result.regression is not None:
+            made["regression"] = result.regression
+        return {"lr": lr, "hr": hr, **{name: made[name] for name in (*self.baselines, "model")}}
 
     def __call__(self, item: dict[str, str]) -> dict[str, Any]:
         """Return one row: key, reason (empty when scored), seconds, and `<method>_<metric>` values.

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from diffsr_core import presets
+from diffsr_core.degradation import Degradation
 from diffsr_core.training import DivergedError, TrainingRecipe
 from pipelines import storage
 from pipelines.checkpoints import newest_files, newest_step
@@ -35,10 +36,14 @@ class TrainConfig:
     """Steps of the diffusion stage (of the only stage for a regression preset); default: the preset's."""
     encoder_steps: int | None = None
     """Steps of the encoder's own stage before it; default: the preset's."""
+    joint: bool = False
+    """Train the encoder on in the diffusion stage, by its own loss and the denoiser's, instead of freezing it."""
     batch_size: int | None = None
     """Patches per step over all workers; default: the preset's."""
     precision: Literal["float32", "bf16"] = "float32"
     """Arithmetic of the forward pass."""
+    condition_blur: float | None = field(default=None, metadata={"unit": "PIXELS"})
+    """Blur of the LR in training, a sigma from 0 to this, for a stage of a cascade; default: the preset's."""
     seed: int = 0
     """Seed of initial weights, order, noise and augmentation."""
     register: str | None = None
@@ -71,6 +76,16 @@ class TrainConfig:
         check(self.encoder_steps is None or self.encoder_steps >= 0, "encoder_steps", self.encoder_steps,
               "must be at least 0", "use 0 to skip that stage")  # fmt: skip
         check_seed(self.seed)
+        preset = presets.get(self.preset)
+        two = len(preset.recipe.stages) > 1
+        check(self.encoder_steps is None or two, "encoder_steps", self.encoder_steps,
+              f"is of presets with an encoder stage, which {self.preset} has not", "leave it out")  # fmt: skip
+        check(not self.joint or two, "joint", self.joint,
+              f"needs an encoder and a denoiser to train, which {self.preset} has not", "leave it out")  # fmt: skip
+        check(self.encoder_steps != 0 or self.joint, "encoder_steps", self.encoder_steps,
+              "would freeze a random encoder", "use 1 or more, or --joint")  # fmt: skip
+        check(self.condition_blur is None or 0 <= self.condition_blur <= 10, "condition_blur", self.condition_blur,
+              "must be from 0 to 10", "use 0")  # fmt: skip
         check(self.max_failures >= 0, "max_failures", self.max_failures, "must be at least 0", "use 0 or more")
         check(self.cpus_per_worker > 0, "cpus_per_worker", self.cpus_per_worker, "must be above 0", "use 0.5 or 1")
         check(self.engine == "ray" or self.num_workers == 1, "num_workers", self.num_workers,
@@ -82,18 +97,21 @@ class TrainConfig:
 
     def recipe(self) -> TrainingRecipe:
         """Return the training recipe: the preset's with what was overridden."""
-        preset = presets.get(self.preset)
+        recipe = presets.get(self.preset).recipe
         stages = []
-        for index, stage in enumerate(preset.stages):
-            last = index == len(preset.stages) - 1
+        for index, stage in enumerate(recipe.stages):
+            last = index == len(recipe.stages) - 1
             wanted = self.steps if last else self.encoder_steps
             stage = stage if wanted is None else replace(stage, num_steps=wanted)
+            stage = replace(stage, name="joint") if self.joint and stage.name == "diffusion" else stage
             stages += [stage] if stage.num_steps else []
-        return TrainingRecipe(
+        return replace(
+            recipe,
             stages=tuple(stages),
-            batch_size=self.batch_size or preset.batch_size,
+            batch_size=self.batch_size or recipe.batch_size,
             seed=self.seed,
             precision=self.precision,
+            condition_blur_px=recipe.condition_blur_px if self.condition_blur is None else self.condition_blur,
         )
 
 
@@ -228,9 +246,13 @@ def _check_pairs(config: TrainConfig, manifest: Manifest) -> None:
         f"must be that of {config.preset} ({model.scale})",
         "make other pairs",
     )
-    side = patch // scale
-    check(side % model.lr_stride == 0, "pairs patch", patch,
-          f"must be a multiple of {model.lr_stride * scale} for {config.preset}", "make other pairs")  # fmt: skip
+    stride, least = model.lr_stride * scale, model.lr_smallest * scale
+    check(patch % stride == 0 and patch >= least, "pairs patch", patch,
+          f"must be a multiple of {stride}, {least} at least, for {config.preset}", "make other pairs")  # fmt: skip
+    made = Degradation.parse(manifest.recipe["degradation"], scale).name
+    read = getattr(model.encoder, "kernel", "none")
+    if made in ("bicubic", "bilinear") and read in ("bicubic", "bilinear") and made != read:
+        say(f"train: the pairs were made by {made}, and {config.preset} enlarges its condition by {read}")
     need = config.recipe().batch_size
     have = manifest.num_pairs("train")
     check(have >= need, "pairs in split train", have, f"must be at least the batch ({need})", "add sources")

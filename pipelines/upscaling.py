@@ -7,7 +7,7 @@ from typing import Any, Literal
 from fsspec.implementations.local import LocalFileSystem
 
 from diffsr_core.checkpoint import model_from_files
-from diffsr_core.upscaler import SamplingRecipe, Upscaler
+from diffsr_core.upscaler import Upscaler
 from pipelines import storage, upkeep
 from pipelines.assets import UpscaleWorker
 from pipelines.config import check, fingerprint
@@ -17,14 +17,14 @@ from pipelines.lease import Lease
 from pipelines.ledger import Ledger
 from pipelines.models import publish_model, resolve
 from pipelines.runs import Summary, new_run_id
-from pipelines.sampling import check_sampling
+from pipelines.sampling import SamplingConfig
 from pipelines.work import Work, forecast, run
 
 VERBS = ("run", "plan", "status", "verify", "retry-failed", "gc")
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpscaleConfig:
+class UpscaleConfig(SamplingConfig):
     """Upscale every image of a bucket with a registered model, each exactly once.
 
     First word: run (the default), plan, status, verify, retry-failed or gc.
@@ -40,20 +40,6 @@ class UpscaleConfig:
     """Format of the results; keep writes what came in (BMP, GIF and PPM become PNG)."""
     quality: int = 95
     """Quality of JPEG and lossy WebP results, 1 to 100."""
-    sampler: str = field(default="ddim", metadata={"group": "sampling"})
-    """Solver of the reverse process."""
-    steps: int = 8
-    """Network calls per image."""
-    seed: int = 0
-    """Noise seed."""
-    consistency: Literal["exact", "off"] = "exact"
-    """Projection onto the LR."""
-    num_threads: int = 1
-    """Threads of one network call; part of what decides the bytes."""
-    tile: int = 64
-    """Side of a network window in LR pixels."""
-    halo: int = 8
-    """LR pixels around a window's core that are computed and not written."""
     max_megapixels: float = field(default=1.5, metadata={"group": "running"})
     """Larger inputs are dead letters, judged by their header; memory grows with it, 2.3 GiB per megapixel (nano-x4)."""
     batch_size: int = 1
@@ -76,7 +62,7 @@ class UpscaleConfig:
     """Say what would be done, and stop: run plans, verify records nothing, gc deletes nothing."""
 
     def __post_init__(self) -> None:
-        check_sampling(self.sampler, self.steps, self.num_threads, seed=self.seed)
+        super().__post_init__()
         check(1 <= self.quality <= 100, "quality", self.quality, "must be from 1 to 100", "use 95")
         check(self.max_megapixels > 0, "max_megapixels", self.max_megapixels, "must be above 0", "use 1.5")
         check(self.unit_megabytes > 0, "unit_megabytes", self.unit_megabytes, "must be above 0", "use 8")
@@ -84,19 +70,6 @@ class UpscaleConfig:
         for name in ("batch_size", "num_workers"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1", "use 1 or more")
         check(self.limit is None or self.limit >= 1, "limit", self.limit, "must be at least 1", "leave it out for all")
-        self.sampling()
-
-    def sampling(self) -> SamplingRecipe:
-        """Return the sampling recipe; raises ValueError for a tile that its halo eats up."""
-        return SamplingRecipe(
-            sampler=self.sampler,
-            num_steps=self.steps,
-            seed=self.seed,
-            tile=self.tile,
-            halo=self.halo,
-            num_threads=self.num_threads,
-            consistency=self.consistency,
-        )
 
     def recipe(self) -> dict[str, Any]:
         """Return the settings that decide the bytes of the results, beside the model."""

@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 INFRA = REPOSITORY / "infra"
 SCHEMAS = REPOSITORY.parent / "shared" / "schemas" / "kuberay"
 JOBS = ("make_pairs", "train", "evaluate", "promote", "upscale")
+TOOLS = ("manipulate", "import_weights")  # they work on files of the machine where they are typed: no cluster's work
 
 MANIFESTS = {
     f"{path.relative_to(INFRA)}#{number}": document
@@ -196,6 +197,12 @@ def fake_ray(tmp_path) -> dict[str, str]:
     return {"PATH": f"{script.parent}:{os.environ['PATH']}", "RAY_AUTH_TOKEN": "t0ken"}
 
 
+def test_every_job_can_be_submitted_and_only_the_tools_cannot():
+    from pipelines.cli import JOBS as KNOWN
+
+    assert {*JOBS, *TOOLS} == set(KNOWN)
+
+
 def test_submit_is_valid_bash():
     subprocess.run(["bash", "-n", INFRA / "submit.sh"], check=True)
 
@@ -215,7 +222,7 @@ def test_submit_prints_the_command_and_runs_nothing(job, tmp_path):
     assert submit(job, home=tmp_path, DRY_RUN="1").returncode == 0
 
 
-@pytest.mark.parametrize("job", ["", "trian", "make_pairs train", "train.py", "*"])
+@pytest.mark.parametrize("job", ["", "trian", "make_pairs train", "train.py", "*", *TOOLS])
 def test_submit_refuses_a_job_that_does_not_exist(job, tmp_path):
     result = submit(job, home=tmp_path)
     assert result.returncode == 2

@@ -1,5 +1,6 @@
-"""The five jobs, seen from the command line."""
+"""The jobs and tools, seen from the command line."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -26,9 +27,53 @@ def test_help_names_every_flag_of_the_contract(job: str) -> None:
         "evaluate": "--model --dataset --baselines --output",
         "promote": "--model --challenger --dataset --rollback",
         "upscale": "--source --output --model --sampler --steps --num-workers --batch-size --seed",
+        "manipulate": "--lr --output --model --samples --first --second --weights --base --donor --mask --level --seed",
+        "import_weights": "--weights --output --scale --num-groups",
     }
-    for flag in [*contract[job].split(), "--config", "--print-config", "--dry-run"]:
-        assert flag in shown.stdout
+    always = ["--config", "--print-config"] + ["--dry-run"] * (job not in ("manipulate", "import_weights"))
+    for flag in [*contract[job].split(), *always]:
+        assert f"\n  {flag}" in shown.stdout, flag
+
+
+NEEDED = {
+    "make_pairs": ["--source", "a", "--output", "b"],
+    "train": ["--pairs", "a", "--output", "b"],
+    "evaluate": ["--model", "a", "--dataset", "b", "--output", "c", "--search-steps", "4,8"],
+    "promote": ["--model", "a", "--dataset", "b"],
+    "upscale": ["retry-failed", "--source", "a", "--output", "b"],
+    "manipulate": ["interpolate", "--lr", "a", "--output", "b", "--weights", "0,1"],
+    "import_weights": ["--weights", "a", "--output", "b"],
+}
+
+
+@pytest.mark.parametrize("job", cli.JOBS)
+def test_the_printed_config_of_every_job_holds_every_setting_and_reads_back(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(job, [*NEEDED[job], "--print-config"])
+    shown = capsys.readouterr()
+    config = cli.parse(job, NEEDED[job])
+    assert (stop.value.code, shown.err) == (0, "")
+    assert set(yaml.safe_load(shown.out)) == {item.name for item in dataclasses.fields(config)}
+    (tmp_path / "job.yaml").write_text(shown.out)
+    assert cli.parse(job, ["--config", str(tmp_path / "job.yaml")] if job != "manipulate" else
+                     ["interpolate", "--config", str(tmp_path / "job.yaml")]) == config  # fmt: skip
+
+
+def test_help_and_print_config_need_no_verb_and_running_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, code in (
+        (["--help"], 0),
+        ([*NEEDED["manipulate"][1:], "--print-config"], 0),
+        ([], 2),
+        (["--lr", "a"], 2),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.parse("manipulate", words)
+        assert stop.value.code == code
+    assert "verb ('') must be one of samples, interpolate, fuse" in capsys.readouterr().err
+    assert cli.split_verb("upscale", ["--limit", "1"]) == ("run", ["--limit", "1"])
+    assert cli.split_verb("train", ["status"]) == ("", ["status"])
 
 
 @pytest.mark.parametrize(
@@ -42,6 +87,8 @@ def test_help_names_every_flag_of_the_contract(job: str) -> None:
         ("upscale", "--source a --output b --halo 32", ["halo (32)", "tile (64)"]),
         ("upscale", "--source a", ["output"]),
         ("upscale", "improve --source a --output b", ["verb ('improve')", "retry-failed"]),
+        ("manipulate", "--lr a --output b", ["verb ('')", "samples, interpolate, fuse"]),
+        ("import_weights", "--weights a --output b --scale 0", ["scale (0)", "use 8"]),
     ],
 )
 def test_a_bad_argument_names_itself_its_rule_and_the_remedy(job: str, words: str, pieces: list[str]) -> None:
@@ -66,7 +113,7 @@ def test_the_console_command_is_the_same_jobs() -> None:
     command = str(Path(sys.executable).parent / "diffsr")
     shown = line(command, "--help")
     assert shown.returncode == 0
-    for verb in ("pairs", "train", "evaluate", "promote", "upscale"):
+    for verb in ("pairs", "train", "evaluate", "promote", "upscale", "manipulate", "import"):
         assert f"\n  {verb} " in shown.stdout
     ours = line(command, "upscale", "--help").stdout.replace("diffsr upscale", "upscale.py")
     assert ours == line(*script("upscale", "--help")).stdout

@@ -195,7 +195,7 @@ def test_all_reports_are_taken_before_the_pump_ends() -> None:
 @pytest.mark.parametrize("error", [KeyError("code"), MemoryError(), SystemExit(3)])
 def test_whatever_ends_the_reader_is_raised_by_prefetch(error: BaseException) -> None:
     class Reader:
-        def batch(self, indices: range) -> Any:
+        def batch(self, indices: range, *, channels: int) -> Any:
             if indices.start:
                 raise error
             return "batch"

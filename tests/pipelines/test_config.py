@@ -239,18 +239,47 @@ def test_help_has_every_field_with_unit_and_default(capsys: pytest.CaptureFixtur
     text = " ".join(out.split())
     for expected in (
         "A job that adds a field.",
-        "settings: --source URI Folder of images to read. (required)",
+        "settings: --patch PIXELS Side of a crop. (default: 256) --source URI Folder of images to read. (required)",
         "--scale {2,4} Output pixels for each input pixel and axis. (default: 4)",
         "sampling: --steps int Network calls per image; 100 % more take twice the time. (default: 50) --eta float",
         "cluster: --num-workers int Actors, one GPU each. (default: 4)",
         "--max-bytes int Larger files become dead letters. (default: none)",
         "--baselines A,B Compared with. (default: bicubic)",
         "--dry-run, --no-dry-run Plan, and write nothing. (default: False)",
-        "--patch PIXELS Side of a crop. (default: 256)",
         "--config FILE",
         "examples: pairs.py --source s3://a",
     ):
         assert expected in text
+
+
+def test_what_jobs_share_comes_after_the_jobs_own_in_help_and_yaml_even_through_two_classes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class SharedConfig:
+        tile: int = field(default=64, metadata={"group": "shared"})
+        halo: int = 8
+
+    @dataclass(frozen=True, kw_only=True)
+    class JobConfig(SharedConfig):
+        source: str = "a"
+        halo: int = field(default=4, metadata={"group": "running"})
+
+    @dataclass(frozen=True, kw_only=True)
+    class NightlyConfig(JobConfig):
+        night: int = 1
+
+    for config, order in (
+        (JobConfig, ["halo", "source", "tile"]),
+        (NightlyConfig, ["night", "tile", "halo", "source"]),
+    ):
+        with pytest.raises(SystemExit):
+            parse(config, ["--help"], prog="a.py")
+        shown = capsys.readouterr().out
+        assert sorted(order, key=lambda name: shown.index(f"\n  --{name}")) == order
+        assert [line.partition(":")[0] for line in to_yaml(config()).splitlines()] == order
+        assert set(order) == set(to_mapping(config()))
+    assert to_mapping(NightlyConfig()) == {"night": 1, "tile": 64, "halo": 4, "source": "a"}
 
 
 def test_a_switch_that_argparse_would_negate_is_our_mistake() -> None:

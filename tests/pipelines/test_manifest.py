@@ -149,6 +149,23 @@ def test_hr_and_lr_of_a_pair_belong_together_and_grey_is_repeated_only_in_batche
     assert channels == {1, 3}
 
 
+def test_a_batch_has_the_channels_of_the_model_and_a_pair_of_others_is_an_error_that_says_what_to_do(pairs, tmp_path):
+    for index in range(4):
+        put(tmp_path / "source", f"{index}.png", seed=index, grey=True)
+    make(tmp_path, val_share=0.0, test_share=0.0)
+    grey = reader(str(tmp_path / "pairs"))
+    for channels in (1, 3, 4):
+        hr, lr = grey.batch(range(5), channels=channels)
+        assert hr.shape == (5, PATCH, PATCH, channels) and lr.shape == (5, PATCH // 4, PATCH // 4, channels)
+        for position in range(5):
+            assert all(np.array_equal(hr[position, :, :, c : c + 1], grey.pair(position)[0]) for c in range(channels))
+            assert all(np.array_equal(lr[position, :, :, c : c + 1], grey.pair(position)[1]) for c in range(channels))
+    mixed = reader(pairs)
+    for channels in (1, 2, 4):
+        with pytest.raises(ValueError, match=f"have 3 channels: the model reads {channels}; choose another preset"):
+            mixed.batch(range(mixed.num_pairs), channels=channels)
+
+
 def test_lr_is_made_again_bit_for_bit_from_the_columns_of_a_row(pairs):
     rows = table(pairs)
     for row in rows.to_dict("records"):

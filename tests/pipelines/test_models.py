@@ -70,7 +70,7 @@ def alter(document, **fields):
         lambda d: b'{"format": 1}',
         lambda d: alter(d, digest="0" * 64),
         lambda d: alter(d, preset="other"),
-        lambda d: alter(d, format=2),
+        lambda d: alter(d, format=3),
         lambda d: json.dumps({k: v for k, v in json.loads(d).items() if k != "digest"}).encode(),
     ],
     ids=["empty", "cut", "a list", "bare", "other digest", "other preset", "other format", "no digest"],

@@ -138,6 +138,9 @@ def test_the_noise_is_keyed_by_the_content_of_the_file():
             class config:
                 scale = SCALE
 
+        def check_channels(self, pixels):
+            pass
+
         def __call__(self, pixels, *, digest):
             digests.append(digest)
 
@@ -184,6 +187,28 @@ def test_alpha_that_the_wanted_format_cannot_store_is_refused_before_any_work():
     assert (caught.value.stage, caught.value.reason) == ("encode", "alpha")
 
 
+def upscaler_of(channels):
+    encoder = RRDBConfig(scale=SCALE, num_features=4, num_blocks=2, head="pixel_shuffle", channels=channels)
+    model = SuperResolver(ModelConfig(encoder=encoder, denoiser=None, anchor="regression"))
+    return Upscaler(model, SamplingRecipe(tile=32, halo=4))
+
+
+@pytest.mark.parametrize(("channels", "colours"), [(1, 3), (4, 3), (2, 3)])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_channels_that_the_model_does_not_read_are_refused_with_both_numbers(channels, colours, alpha):
+    pixels = photo(colours=colours)
+    data = file_of(np.dstack([pixels, pixels[:, :, :1]]) if alpha else pixels)
+    with pytest.raises(Refused, match=rf"channels \({colours}\) must be {channels}") as caught:
+        upscale_picture(upscaler_of(channels), data)
+    assert (caught.value.stage, caught.value.reason) == ("upscale", "channels")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_grey_is_read_by_a_model_of_any_channels_and_stays_grey(channels):
+    result = upscale_picture(upscaler_of(channels), file_of(photo(colours=1)))
+    assert (opened(result.data).mode, opened(result.data).size) == ("L", (56, 40))
+
+
 class Failing:
     """An upscaler that raises."""
 
@@ -193,6 +218,9 @@ class Failing:
 
     def __init__(self, error):
         self.error = error
+
+    def check_channels(self, pixels):
+        pass
 
     def __call__(self, pixels, *, digest):
         raise self.error

@@ -1,0 +1,86 @@
+"""Laws of pipelines.sampling: four jobs share its flags, each is checked, and each reaches the recipe."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+
+from diffsr_core.sampler import SAMPLERS
+from diffsr_core.schedule import GRIDS
+from diffsr_core.upscaler import SamplingRecipe
+from pipelines import cli
+
+JOBS = {
+    "evaluate": ["--model", "a", "--dataset", "b", "--output", "c"],
+    "promote": ["--model", "a", "--dataset", "b"],
+    "upscale": ["--source", "a", "--output", "b"],
+    "manipulate": ["samples", "--lr", "a", "--output", "b"],
+}
+SHARED = ["sampler", "grid", "steps", "start_level", "seed", "consistency", "tile", "halo", "num_threads", "precision"]
+
+
+def printed(capsys, job, *words):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(job, words)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    return out
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_shared_flags_come_last_in_help_and_yaml_and_in_one_order(capsys, job):
+    flags = [line.split()[0].rstrip(",") for line in printed(capsys, job, "--help").splitlines() if "  --" in line[:4]]
+    names = [flag.removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
+    names = [name for name in names if name not in ("config", "print_config")]
+    keys = list(yaml.safe_load(printed(capsys, job, *JOBS[job], "--print-config")))
+    assert names == keys and len(keys) > len(SHARED)
+    assert keys[-len(SHARED) :] == SHARED and not set(keys[: -len(SHARED)]) & set(SHARED)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_help_names_every_sampler_and_grid_under_its_own_heading(capsys, job):
+    shared = printed(capsys, job, "--help").partition("\nsampling:\n")[2]
+    words = re.findall(r"[\w-]+", shared)
+    assert {*SAMPLERS, *GRIDS, "auto"} <= set(words) and f"\n{shared}".count("\n  --") == len(SHARED)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_flag_reaches_the_recipe_and_the_defaults_are_the_recipes_own(job):
+    assert cli.parse(job, JOBS[job]).sampling() == SamplingRecipe()
+    flags = {"sampler": "dpmpp-2m", "grid": "karras", "steps": 5, "start_level": 0.5, "seed": 7, "consistency": "off"}
+    flags |= {"tile": 32, "halo": 2, "num_threads": 2, "precision": "bf16"}
+    assert list(flags) == SHARED
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    wanted = dataclasses.replace(SamplingRecipe(), num_steps=flags.pop("steps"), **flags)
+    assert cli.parse(job, [*JOBS[job], *words]).sampling() == wanted
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--sampler euler", f"sampler ('euler') must be one of {', '.join(SAMPLERS)}; use one of them"),
+        ("--sampler DDIM", "sampler ('DDIM') must be one of"),
+        ("--grid cosine", f"grid ('cosine') must be one of auto, {', '.join(GRIDS)}; use auto"),
+        ("--steps 0", "steps (0) must be at least 1; use 4 to 100"),
+        ("--steps=-3", "steps (-3) must be at least 1"),
+        ("--steps 2.5", "steps ('2.5') must be a valid integer"),
+        ("--start-level 1", "start_level (1.0) must be from 0 to below 1; use 0 or about 0.5"),
+        ("--start-level=-0.1", "start_level (-0.1) must be from 0 to below 1"),
+        ("--start-level nan", "start_level (nan) must be a finite number; write digits, like 0.5"),
+        ("--seed=-1", "seed (-1) must be from 0 to 2**63 - 1; use 0"),
+        ("--consistency soft", "consistency ('soft') must be 'exact' or 'off'; use one of these"),
+        ("--tile 0", "tile (0) must be at least 1; use 64"),
+        ("--tile 16 --halo 8", "halo (8) must be from 0 to less than half the tile (16); use 7"),
+        ("--halo=-1", "halo (-1) must be from 0 to less than half the tile (64); use 8"),
+        ("--num-threads 0", "num_threads (0) must be at least 1; use 1"),
+        ("--precision float16", "precision ('float16') must be 'float32' or 'bf16'; use one of these"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_field_value_rule_and_remedy(capsys, job, words, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(job, [*JOBS[job], *words.split()])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    assert message in err and err.startswith(f"{job}.py: error: ")
