@@ -1,7 +1,8 @@
 """A tool beside the jobs: what one LR image may have been, images between two, one image's content in another."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +102,7 @@ def manipulate(config: ManipulateConfig, *, verb: str) -> Summary:
         storage.publish(uri, encode_lossless(pixels, "png"))
     record = {
         "verb": verb,
-        "settings": {name: getattr(config, name) for name in VERBS[verb]},
+        "settings": {item.name: _recorded(config, item) for item in fields(config) if item.name in VERBS[verb]},
         "lr": digest,
         "model": model.digest,
         "sampling": asdict(upscaler.recipe),
@@ -110,6 +111,12 @@ def manipulate(config: ManipulateConfig, *, verb: str) -> Summary:
     storage.publish(storage.join(config.output, f"{verb}.json"), json.dumps(record, indent=1).encode())
     return Summary(job="manipulate", run_id=new_run_id("manipulate"), status="done", inputs=1, done=1,
                    outputs=outputs, metrics={**metrics, "lr_psnr_min": min(measured)})  # fmt: skip
+
+
+def _recorded(config: ManipulateConfig, item: Field[Any]) -> Any:
+    """Return a setting's value; of an image its digest, which says more than where it lay."""
+    value = getattr(config, item.name)
+    return value if value is None or "unit" not in item.metadata else storage.digest_bytes(storage.read_bytes(value))
 
 
 def _samples(

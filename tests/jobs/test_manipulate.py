@@ -130,14 +130,16 @@ def test_the_record_says_what_made_the_images_and_a_rerun_gives_every_byte_again
     verb: str, room: Path, tmp_path: Path, call: Callable[..., Ran]
 ) -> None:
     donor, mask, second = (str(room / f"{name}.png") for name in ("donor", "mask", "donor"))
+    digests = {path: sha256(Path(path).read_bytes()).hexdigest() for path in (donor, mask)}
     settings, flags = {
         "samples": ({"samples": 2}, ["--samples", 2]),
         "interpolate": (
-            {"first": None, "second": second, "weights": [0.25, 1.0], "level": 0.5},
+            {"first": None, "second": digests[second], "weights": [0.25, 1.0], "level": 0.5},
             ["--second", second, "--weights", "0.25,1", "--level", 0.5],
         ),
         "fuse": (
-            {"base": None, "donor": donor, "mask": mask, "level": 0.3}, ["--donor", donor, "--mask", mask],
+            {"base": None, "donor": digests[donor], "mask": digests[mask], "level": 0.3},
+            ["--donor", donor, "--mask", mask],
         ),
     }[verb]  # fmt: skip
     trees = []
