@@ -104,7 +104,7 @@ _SR3_RECIPE = TrainingRecipe(stages=(_SR3_STAGE,), batch_size=256, ema_half_life
 def _seed3(
     small: int, large: int, *, channels: int, params: int, twin_params: int, note: str, **network: str
 ) -> Preset:
-    """The third seed's simple SR3: bilinear LR, x_0 predicted, L1. Its text gives no T, no betas: they are DDPM's."""
+    """Xia's simple SR3 (see networks.seed3): bilinear LR, x_0 predicted, L1; T and betas are DDPM's."""
     return Preset(
         model=ModelConfig(
             encoder=InterpolationConfig(scale=large // small, channels=channels, kernel="bilinear"),
@@ -209,7 +209,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "seed3-8-32": _seed3(
         8, 32, channels=1, params=63_898_017, twin_params=63_897_441,
-        note="the third seed's digits, 8 to 32: BigGAN blocks"
+        note="Xia's digits, 8 to 32: BigGAN blocks"
     ),
     "seed3-8-32-between": _seed3(
         8, 32, channels=1, params=63_834_657, twin_params=63_834_081, embedding_position="between",
@@ -224,7 +224,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "seed3-32-128": _seed3(
         32, 128, channels=3, params=64_376_707, twin_params=64_374_979,
-        note="the third seed's scenes, 32 to 128: BigGAN blocks"
+        note="Xia's scenes, 32 to 128: BigGAN blocks"
     ),
     "seed3-32-128-plain": _seed3(
         32, 128, channels=3, params=62_732_547, twin_params=62_730_819, **_PLAIN, note="its baseline, a plain U-Net"

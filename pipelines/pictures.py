@@ -79,7 +79,7 @@ def means(picture: Picture) -> np.ndarray[Any, Any]:
 
 
 def output_key(key: str, source_format: str, wanted: str) -> str:
-    """Return the output key: the source's own when the format is kept, else with the new extension appended (DESIGN 5).
+    """Return the output key: the source's own when the format is kept, else with the new extension appended.
 
     `a.jpg` and `a.png` can then never collide.
     """

@@ -198,7 +198,7 @@ def test_the_features_of_an_interpolation_do_not_know_of_tiles(kernel: str) -> N
 
 
 def test_tiles_of_a_network_without_attention_do_not_matter_beyond_its_reach() -> None:
-    # The third seed's network with three levels looks 22 px far, which is 6 px of the LR, and normalises by fixed
+    # The simple SR3's network with three levels looks 22 px far, which is 6 px of the LR, and normalises by fixed
     # statistics; a group norm or attention looks at the whole window.
     pixels = picture(40, 40, 1)
     images = [

@@ -1,4 +1,4 @@
-"""Laws of the simple SR3 of the third seed and of its plain baseline: their sizes and their numbers."""
+"""Laws of the simple SR3 and of its plain baseline: their sizes and their numbers."""
 
 from dataclasses import replace
 

@@ -29,7 +29,7 @@ from tests.jobs.tiny import SAMPLING, waves, write_png
 
 @pytest.fixture
 def tiny_presets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Presets that train in a second: a tiny one of the third seed's kind, one of two stages, one of scale 1."""
+    """Presets that train in a second: a tiny one of seed3's kind, one of two stages, one of scale 1."""
 
     def preset(model: ModelConfig, *stages: StageRecipe) -> presets.Preset:
         recipe = TrainingRecipe(stages=stages, batch_size=4, ema_half_life_images=8, augmentation="none")
