@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffsr_core.blur import gaussian_kernel
 from diffsr_core.family import SuperResolver
 from diffsr_core.objective import Objective, StageRecipe
 from diffsr_core.schedule import sample_noise_levels
@@ -225,11 +226,6 @@ def augment(
 
 def gaussian_blur(image: Tensor, sigma_px: float) -> Tensor:
     """Return image (C, H, W) under a Gaussian of this standard deviation, the border repeated; 0 changes nothing."""
-    if sigma_px == 0:
-        return image
-    radius = math.ceil(3 * sigma_px)
-    offset = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
-    kernel = torch.exp(-0.5 * (offset / sigma_px) ** 2)
-    kernel = (kernel / kernel.sum()).view(1, 1, -1, 1)
-    padded = nn.functional.pad(image[:, None], (radius, radius, radius, radius), mode="replicate")
-    return nn.functional.conv2d(nn.functional.conv2d(padded, kernel), kernel.mT)[:, 0]
+    kernel = torch.from_numpy(gaussian_kernel((sigma_px, sigma_px))).to(image)
+    padded = nn.functional.pad(image[:, None], (len(kernel) // 2,) * 4, mode="replicate")
+    return nn.functional.conv2d(padded, kernel[None, None])[:, 0]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from diffsr_core.consistency import project
-from diffsr_core.family import Condition, SuperResolver, x0_and_eps
+from diffsr_core.family import Condition, ModelConfig, SuperResolver, x0_and_eps
 from diffsr_core.noise import gaussian, noise_key
 from diffsr_core.prepared import prepared
 from diffsr_core.resize import upscale
 from diffsr_core.sampler import SAMPLERS, Denoise, Noise, default_grid, last, sample
-from diffsr_core.schedule import GRIDS, Table, sampling_grid
+from diffsr_core.schedule import GRIDS, Schedule, Table, sampling_grid
 from diffsr_core.tiling import Window, fuse, padded_size, windows
 
 Pixels = npt.NDArray[np.uint8]
@@ -56,7 +56,7 @@ class SamplingRecipe:
             ("consistency", ("exact", "off")),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} ({getattr(self, name)!r}) is not available; use one of: {', '.join(known)}")
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of {', '.join(known)}; use one of them")
         if not 0 <= self.start_level < 1:
             raise ValueError(f"start_level ({self.start_level}) must be from 0 to below 1; use 0 or about 0.5")
         least = {"sample_index": 0, "consistency_iterations": 0, "corrections": int(self.sampler == "langevin")}
@@ -66,6 +66,29 @@ class SamplingRecipe:
                 raise ValueError(f"{name} ({value}) must be at least {low}; use {low} or more")
         if self.halo < 0 or self.tile <= 2 * self.halo:
             raise ValueError(f"halo ({self.halo}) must be from 0 to less than half the tile ({self.tile})")
+
+    def grid_of(self, schedule: Schedule, *, start: float) -> Table:
+        """Return the noise levels from `start` (0: from pure noise) to 1. Raises ValueError, as sampling_grid does."""
+        family = default_grid(self.sampler) if self.grid == "auto" else self.grid
+        return sampling_grid(schedule, self.num_steps, family=family, start=start)
+
+    def check_fits(self, config: ModelConfig) -> None:
+        """Raise ValueError for settings that do not fit this model."""
+        stride = config.lr_stride
+        for name, value in (("tile", self.tile), ("halo", self.halo)):
+            if value % stride:
+                raise ValueError(
+                    f"{name} ({value}) must be a multiple of the model's stride ({stride}); "
+                    f"use tile {max(config.lr_smallest, 4 * stride)} and halo {stride}"
+                )
+        if self.tile < config.lr_smallest:
+            raise ValueError(f"tile ({self.tile}) must be at least {config.lr_smallest} for this model; use that")
+        if config.scale == 1 and self.consistency != "off":
+            raise ValueError("consistency (exact) must be off at scale 1, where it would give the input back; use off")
+        if self.start_level and not config.encoder.regresses:
+            raise ValueError(f"start_level ({self.start_level}) must be 0: the model has no regression to start from")
+        if config.denoiser is not None:
+            self.grid_of(config.schedule, start=self.start_level)
 
 
 class Upscaled(NamedTuple):
@@ -110,20 +133,7 @@ class Upscaler:
     def __init__(
         self, model: SuperResolver, recipe: SamplingRecipe, *, device: str = "cpu", in_flight: int = 1
     ) -> None:
-        config = model.config
-        stride = config.lr_stride
-        for name, value in (("tile", recipe.tile), ("halo", recipe.halo)):
-            if value % stride:
-                raise ValueError(
-                    f"{name} ({value}) must be a multiple of the model's stride ({stride}); "
-                    f"use tile {max(config.lr_smallest, 4 * stride)} and halo {stride}"
-                )
-        if recipe.tile < config.lr_smallest:
-            raise ValueError(f"tile ({recipe.tile}) must be at least {config.lr_smallest} for this model; use that")
-        if config.scale == 1 and recipe.consistency != "off":
-            raise ValueError("consistency (exact) must be off at scale 1, where it would give the input back; use off")
-        if recipe.start_level and not config.encoder.regresses:
-            raise ValueError(f"start_level ({recipe.start_level}) must be 0: the model has no regression to start from")
+        recipe.check_fits(model.config)
         self.model = prepared(model, precision=recipe.precision, device=device)
         self.recipe = recipe
         self.device = device
@@ -133,8 +143,7 @@ class Upscaler:
 
     def grid_from(self, level: float) -> Table:
         """Return the recipe's grid from this noise level (0: from pure noise) to 1."""
-        family = default_grid(self.recipe.sampler) if self.recipe.grid == "auto" else self.recipe.grid
-        return sampling_grid(self.model.config.schedule, self.recipe.num_steps, family=family, start=level)
+        return self.recipe.grid_of(self.model.config.schedule, start=level)
 
     @torch.inference_mode()
     def __call__(self, pixels: Pixels, *, digest: str) -> Upscaled:

@@ -13,7 +13,7 @@ from diffsr_core.checkpoint import model_from_files
 from diffsr_core.degradation import Degradation
 from diffsr_core.sampler import SAMPLERS
 from diffsr_core.schedule import GRIDS
-from diffsr_core.upscaler import SamplingRecipe, Upscaler
+from diffsr_core.upscaler import SamplingRecipe
 from pipelines import storage
 from pipelines.config import check, fingerprint
 from pipelines.engine import say
@@ -104,7 +104,7 @@ def evaluate(config: EvaluateConfig) -> Summary:
     if candidates and network.denoiser is None:
         raise ValueError(f"model ({model.label}) is a regression, it has no schedule; leave out --search-steps")
     for tried in [replace(recipe, **asdict(choice)) for choice in candidates] or [recipe]:
-        Upscaler(network, tried)  # refuses settings that do not fit this model before any work is planned
+        tried.check_fits(network.config)  # before any work is planned
     identity = fingerprint(
         {
             "model": model.digest,

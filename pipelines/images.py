@@ -199,6 +199,15 @@ def decode_lossless(data: bytes) -> np.ndarray:
     return decode(data).pixels
 
 
+def jpeg_codec(pixels: np.ndarray, quality: int) -> np.ndarray:
+    """Return uint8 HWC pixels (C = 1 or 3) after JPEG at this quality, colours at half resolution as in most files."""
+    sink = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(
+        sink, "JPEG", quality=quality, subsampling="4:2:0"
+    )
+    return np.asarray(JpegImageFile(io.BytesIO(sink.getvalue()))).reshape(pixels.shape)
+
+
 def _check_header(image: ImageFile.ImageFile, max_pixels: int) -> None:
     """Raise `Refused` for what the header alone rules out: size, depth, and more frames or pages than one."""
     width, height = image.size

@@ -1,8 +1,7 @@
 """A tool beside the jobs: what one LR image may have been, images between two, one image's content in another."""
 
 import json
-from dataclasses import Field, asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 
@@ -24,6 +23,9 @@ VERBS = {
     "interpolate": ("first", "second", "weights", "level"),
     "fuse": ("base", "donor", "mask", "level"),
 }
+
+
+IMAGES = ("first", "second", "base", "donor", "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +91,11 @@ def manipulate(config: ManipulateConfig, *, verb: str) -> Summary:
                 f"level ({config.level}) must suit the model and the steps; choose another: {error}"
             ) from None
     say(f"manipulate: {verb} with {model.label}, {config.sampler} {config.steps} steps")
+    settings = {item.name: getattr(config, item.name) for item in fields(config) if item.name in VERBS[verb]}
+    images = {name: _read(name, settings[name]) for name in IMAGES if settings.get(name) is not None}
+    pictures = {name: image for name, (image, _) in images.items()}
     made, metrics = {"samples": _samples, "interpolate": _interpolate, "fuse": _fuse}[verb](
-        config, upscaler, lr, digest
+        config, upscaler, lr, digest, pictures
     )
     measured = [
         lr_psnr(lr, pixels, scale=network.config.scale)
@@ -102,7 +107,7 @@ def manipulate(config: ManipulateConfig, *, verb: str) -> Summary:
         storage.publish(uri, encode_lossless(pixels, "png"))
     record = {
         "verb": verb,
-        "settings": {item.name: _recorded(config, item) for item in fields(config) if item.name in VERBS[verb]},
+        "settings": settings | {name: found for name, (_, found) in images.items()},  # what an image was, not where
         "lr": digest,
         "model": model.digest,
         "sampling": asdict(upscaler.recipe),
@@ -113,14 +118,8 @@ def manipulate(config: ManipulateConfig, *, verb: str) -> Summary:
                    outputs=outputs, metrics={**metrics, "lr_psnr_min": min(measured)})  # fmt: skip
 
 
-def _recorded(config: ManipulateConfig, item: Field[Any]) -> Any:
-    """Return a setting's value; of an image its digest, which says more than where it lay."""
-    value = getattr(config, item.name)
-    return value if value is None or "unit" not in item.metadata else storage.digest_bytes(storage.read_bytes(value))
-
-
 def _samples(
-    config: ManipulateConfig, upscaler: Upscaler, lr: Pixels, digest: str
+    config: ManipulateConfig, upscaler: Upscaler, lr: Pixels, digest: str, images: dict[str, Pixels]
 ) -> tuple[dict[str, Pixels], dict[str, float]]:
     drawn = draw(upscaler, lr, count=config.samples, digest=digest)
     stack = np.stack(drawn).astype(np.float64)
@@ -132,13 +131,13 @@ def _samples(
 
 
 def _interpolate(
-    config: ManipulateConfig, upscaler: Upscaler, lr: Pixels, digest: str
+    config: ManipulateConfig, upscaler: Upscaler, lr: Pixels, digest: str, images: dict[str, Pixels]
 ) -> tuple[dict[str, Pixels], dict[str, float]]:
-    drawn = draw(upscaler, lr, count=2, digest=digest) if None in (config.first, config.second) else []
-    first = drawn[0] if config.first is None else _read("first", config.first)[0]
-    second = drawn[1] if config.second is None else _read("second", config.second)[0]
-    images = interpolate(upscaler, lr, first, second, weights=config.weights, level=config.level, digest=digest)
-    return {_name(weight): image for weight, image in zip(config.weights, images, strict=True)}, {}
+    drawn = [] if {"first", "second"} <= images.keys() else draw(upscaler, lr, count=2, digest=digest)
+    first = images["first"] if "first" in images else drawn[0]
+    second = images["second"] if "second" in images else drawn[1]
+    between = interpolate(upscaler, lr, first, second, weights=config.weights, level=config.level, digest=digest)
+    return {_name(weight): image for weight, image in zip(config.weights, between, strict=True)}, {}
 
 
 def _name(weight: float) -> str:
@@ -146,12 +145,12 @@ def _name(weight: float) -> str:
 
 
 def _fuse(
-    config: ManipulateConfig, upscaler: Upscaler, lr: Pixels, digest: str
+    config: ManipulateConfig, upscaler: Upscaler, lr: Pixels, digest: str, images: dict[str, Pixels]
 ) -> tuple[dict[str, Pixels], dict[str, float]]:
-    if config.donor is None or config.mask is None:
+    if not {"donor", "mask"} <= images.keys():
         raise ValueError("donor and mask must be given to fuse; use --donor URI --mask URI")
-    base = draw(upscaler, lr, count=1, digest=digest)[0] if config.base is None else _read("base", config.base)[0]
-    donor, mask = _read("donor", config.donor)[0], _read("mask", config.mask)[0].mean(axis=2) >= 128
+    base = images["base"] if "base" in images else draw(upscaler, lr, count=1, digest=digest)[0]
+    donor, mask = images["donor"], images["mask"].mean(axis=2) >= 128
     fused = fuse_content(upscaler, lr, base, donor, mask, level=config.level, digest=digest)
     return {"base": base, "pasted": np.where(mask[:, :, None], donor, base), "fused": fused}, {}
 

@@ -1,7 +1,6 @@
 """One unit of the pairs job: sources in, one Parquet file of LR-HR patches out, a receipt per source."""
 
 import hashlib
-import io
 import math
 import time
 from collections import Counter
@@ -14,13 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
 
 from diffsr_core.degradation import Degradation, crop_to_multiple
 from pipelines import storage
 from pipelines.config import fingerprint
 from pipelines.engine import Enter
-from pipelines.images import Refused, decode, encode_lossless
+from pipelines.images import Refused, decode, encode_lossless, jpeg_codec
 from pipelines.ledger import Receipt
 from pipelines.manifest import PAIR_SCHEMA
 from pipelines.work import read_source
@@ -146,15 +144,6 @@ class PairsWorker:
 
 def _leaves() -> list[str]:
     return [name for name in PAIR_SCHEMA.names if name != "crop"] + [f"crop.{name}" for name in "yxhw"]
-
-
-def jpeg_codec(pixels: np.ndarray, quality: int) -> np.ndarray:
-    """Return uint8 HWC pixels (C = 1 or 3) after JPEG at this quality, colours at half resolution as in most files."""
-    sink = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(
-        sink, "JPEG", quality=quality, subsampling="4:2:0"
-    )
-    return np.asarray(JpegImageFile(io.BytesIO(sink.getvalue()))).reshape(pixels.shape)
 
 
 def split_of(digest: str, *, val_share: float, test_share: float) -> str:

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from diffsr_core.checkpoint import model_from_files
 from diffsr_core.degradation import Degradation
-from diffsr_core.upscaler import Upscaler
 from pipelines import storage
 from pipelines.config import check
 from pipelines.engine import say
@@ -90,10 +89,15 @@ def promote(config: PromoteConfig) -> Summary:
         return Summary(job="promote", run_id="none", status="done", unchanged=1)
     challenger = resolve(f"models:/{config.model}/{version}")
     holder = None if champion is None else resolve(f"models:/{config.model}/{champion}")
-    networks = [model_from_files(model.files)[0] for model in (challenger, holder) if model is not None]
-    for network in networks:
-        Upscaler(network, config.sampling())  # refuses settings that do not fit a model before any work is planned
-    scale = networks[0].config.scale
+    configs = [model_from_files(model.files)[0].config for model in (challenger, holder) if model is not None]
+    for each in configs:
+        config.sampling().check_fits(each)  # before any work is planned
+    scale = configs[0].scale
+    if scale != configs[-1].scale:
+        raise ValueError(
+            f"challenger (x{scale}) must be of the champion's scale (x{configs[-1].scale}) to be compared with it; "
+            "register it under another name"
+        )
     assert config.dataset is not None
     dataset = open_dataset(config.dataset, split=config.split, degradation=config.degradation, scale=scale)
     against = "bicubic, as there is no champion yet" if holder is None else holder.label

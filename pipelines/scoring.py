@@ -19,10 +19,9 @@ from diffsr_core.metrics import lr_psnr, psnr, rgb_to_y, ssim
 from diffsr_core.upscaler import SamplingRecipe, Upscaler, bicubic
 from pipelines import storage
 from pipelines.engine import check_engine, map_actors, progress
-from pipelines.images import SUFFIXES, Refused, decode, decode_lossless, encode_lossless
+from pipelines.images import SUFFIXES, Refused, decode, decode_lossless, encode_lossless, jpeg_codec
 from pipelines.manifest import iter_pairs, load_manifest, read_pair
 from pipelines.models import ResolvedModel, load_files, publish_model
-from pipelines.patches import jpeg_codec
 from pipelines.pictures import check_channels
 from pipelines.work import read_source
 

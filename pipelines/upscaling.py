@@ -7,7 +7,6 @@ from typing import Any, Literal
 from fsspec.implementations.local import LocalFileSystem
 
 from diffsr_core.checkpoint import model_from_files
-from diffsr_core.upscaler import Upscaler
 from pipelines import storage, upkeep
 from pipelines.assets import UpscaleWorker
 from pipelines.config import check, fingerprint
@@ -95,7 +94,7 @@ def upscale(config: UpscaleConfig, *, verb: str = "run") -> Summary:
         raise ValueError("source (None) must be given; use --source URI")
     model = resolve(config.model)
     network, _ = model_from_files(model.files)
-    Upscaler(network, config.sampling())  # refuses settings that do not fit this model before any work is planned
+    config.sampling().check_fits(network.config)  # before any work is planned
     recipe = config.recipe()
     work = Work(
         source=config.source,

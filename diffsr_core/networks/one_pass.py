@@ -22,6 +22,8 @@ class OnePassConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.network, SR3Config | Seed3Config):
+            raise ValueError(f"network ({type(self.network).__name__}) must be of kind sr3 or seed3; use one of them")
         reads = (self.network.channels, self.network.condition_channels)
         if reads != (self.channels, self.extra_channels):
             raise ValueError(

@@ -69,17 +69,16 @@ def test_a_blur_of_sigma_0_changes_nothing() -> None:
 
 @pytest.mark.parametrize("sigma", [0.2, 0.5, 1.0, 1.7, 3.0])
 @pytest.mark.parametrize("shape", [(3, 16, 9), (1, 1, 1), (2, 3, 20)])
-def test_a_blur_is_scipys_within_the_same_radius(sigma: float, shape: tuple[int, int, int]) -> None:
+def test_a_blur_is_scipys(sigma: float, shape: tuple[int, int, int]) -> None:
     image = image_of(*shape)
-    radius = int(np.ceil(3 * sigma))
-    wanted = gaussian_filter(image.numpy(), sigma, mode="nearest", radius=radius, axes=(1, 2))
+    wanted = gaussian_filter(image.numpy(), sigma, mode="nearest", axes=(1, 2))
     assert np.abs(gaussian_blur(image, sigma).numpy() - wanted).max() < 1e-13
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.5])
 def test_a_blur_keeps_constants_and_the_sum_of_what_lies_inside(sigma: float) -> None:
     constant = torch.full((2, 6, 9), 0.3, dtype=torch.float64)
-    assert torch.allclose(gaussian_blur(constant, sigma), constant, atol=1e-15)
+    assert torch.allclose(gaussian_blur(constant, sigma), constant, atol=1e-14)
     inside = torch.zeros(1, 40, 40, dtype=torch.float64)
     inside[0, 12:28, 12:28] = image_of(16, 16)
     assert float(gaussian_blur(inside, sigma).sum()) == pytest.approx(float(inside.sum()), abs=1e-11)

@@ -14,25 +14,13 @@ from diffsr_core.networks.srdiff import SRDiffConfig
 from diffsr_core.noise import gaussian, noise_key
 from diffsr_core.schedule import Schedule, sampling_grid
 from diffsr_core.upscaler import Pixels, SamplingRecipe, Upscaler, bicubic, threads, to_model_range, to_pixels
+from tests.core import tiny
 
 # Anchored, in space-to-depth, told the level: like nano-x4.
-ANCHORED = ModelConfig(
-    encoder=RRDBConfig(scale=4, num_features=4, num_blocks=2, head="pixel_shuffle"),
-    denoiser=SRDiffConfig(
-        channels=48,
-        hidden=8,
-        multipliers=(1, 2),
-        condition_channels=4,
-        condition_scale=1,
-        full_resolution_skip=True,
-    ),
+ANCHORED = replace(
+    tiny.ANCHORED,
+    denoiser=replace(tiny.ANCHORED.denoiser, hidden=8),  # type: ignore[type-var]
     schedule=Schedule(num_timesteps=100),
-    anchor="regression",
-    residual_scale=10.0,
-    residual_clip=False,
-    space_to_depth=4,
-    told="noise_level",
-    prediction="x_0",
 )
 # On bicubic, at image resolution, told the step: like SRDiff.
 PUBLISHED = ModelConfig(

@@ -16,9 +16,8 @@ from diffsr_core.family import ModelConfig, SuperResolver
 from diffsr_core.networks.rrdb import RRDBConfig
 from pipelines.config import fingerprint
 from pipelines.evaluation import EvaluateConfig
-from pipelines.images import decode_lossless
+from pipelines.images import decode_lossless, jpeg_codec
 from pipelines.pairs import PairsConfig, make_pairs
-from pipelines.patches import jpeg_codec
 from pipelines.promotion import PromoteConfig
 from pipelines.scoring import Scorer, open_dataset
 

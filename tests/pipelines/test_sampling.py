@@ -62,7 +62,7 @@ def test_every_flag_reaches_the_recipe_and_the_defaults_are_the_recipes_own(job)
     [
         ("--sampler euler", f"sampler ('euler') must be one of {', '.join(SAMPLERS)}; use one of them"),
         ("--sampler DDIM", "sampler ('DDIM') must be one of"),
-        ("--grid cosine", f"grid ('cosine') must be one of auto, {', '.join(GRIDS)}; use auto"),
+        ("--grid cosine", f"grid ('cosine') must be one of auto, {', '.join(GRIDS)}; use one of them"),
         ("--steps 0", "steps (0) must be at least 1; use 4 to 100"),
         ("--steps=-3", "steps (-3) must be at least 1"),
         ("--steps 2.5", "steps ('2.5') must be a valid integer"),
@@ -74,7 +74,7 @@ def test_every_flag_reaches_the_recipe_and_the_defaults_are_the_recipes_own(job)
         ("--tile 0", "tile (0) must be at least 1; use 64"),
         ("--tile 16 --halo 8", "halo (8) must be from 0 to less than half the tile (16); use 7"),
         ("--halo=-1", "halo (-1) must be from 0 to less than half the tile (64); use 8"),
-        ("--num-threads 0", "num_threads (0) must be at least 1; use 1"),
+        ("--num-threads 0", "num_threads (0) must be at least 1; use 1 or more"),
         ("--precision float16", "precision ('float16') must be 'float32' or 'bf16'; use one of these"),
     ],
 )
