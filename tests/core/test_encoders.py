@@ -14,6 +14,7 @@ from diffsr_core.networks.one_pass import OnePass, OnePassConfig
 from diffsr_core.networks.rrdb import RRDBConfig, RRDBNet
 from diffsr_core.networks.seed3 import Seed3Config
 from diffsr_core.networks.sr3 import SR3Config
+from diffsr_core.networks.srdiff import SRDiffConfig
 from diffsr_core.resize import upscale
 
 SR3 = SR3Config(condition_channels=0, hidden=4, multipliers=(1, 2), num_blocks=1, attention_factors=(), num_groups=2)
@@ -158,6 +159,7 @@ def test_the_condition_of_rrdb_is_every_third_map_and_the_trunk_sum_counts(num_b
         (OnePassConfig, {"network": SR3, "channels": 1}, r"reads 3 \+ 0 channels: .* 1 and the 0"),
         (OnePassConfig, {"network": SR3, "extra_channels": 1}, r"reads 3 \+ 0 channels: .* 3 and the 1"),
         (OnePassConfig, {"network": SR3, "scale": -2}, r"scale \(-2\)"),
+        (OnePassConfig, {"network": SRDiffConfig()}, r"network \(SRDiffConfig\) must be of kind sr3 or seed3"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_with_the_remedy(

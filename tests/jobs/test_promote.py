@@ -10,6 +10,8 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from diffsr_core import checkpoint
+from diffsr_core.family import ModelConfig, SuperResolver
+from diffsr_core.networks.rrdb import RRDBConfig
 from pipelines import tracking
 from tests.jobs.conftest import Ran, photograph, png
 
@@ -35,6 +37,23 @@ def register(name: str, trained: Path, *, damage: float = 0.0) -> int:
     with tracking.run(f"register {name}"):
         uri = tracking.log_model(files, example=png(photograph("coffee.png", 16)))
     return tracking.register_model(uri, name)
+
+
+def test_a_challenger_of_another_scale_is_refused_before_any_work(
+    trained: Path, photographs: Path, tmp_path: Path, call: Callable[..., Ran]
+) -> None:
+    name, out = "scales", tmp_path / "out"
+    champion = register(name, trained)
+    mlflow.MlflowClient().set_registered_model_alias(name, "champion", str(champion))
+    model = SuperResolver(ModelConfig(encoder=RRDBConfig(scale=2, num_features=4, num_blocks=2), anchor="regression"))
+    weights = model.state_dict()
+    files = checkpoint.model_files(model.config, weights, weights, preset="x2", card="a test's model")
+    with tracking.run("x2"):
+        uri = tracking.log_model(files, example=png(photograph("coffee.png", 16)))
+    tracking.register_model(uri, name)
+    failed = call("promote", "--model", name, "--dataset", photographs, "--output", out, *FLAGS)
+    assert failed.code == 1 and "challenger (x2) must be of the champion's scale (x4)" in failed.stderr
+    assert alias(name) == champion and not out.exists()
 
 
 def alias(name: str, which: str = "champion") -> int | None:
