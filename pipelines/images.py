@@ -182,23 +182,6 @@ def encode(picture: Picture, *, format: str | None = None, quality: int = 95) ->
     return _save(_join_alpha(picture.pixels, picture.alpha), target, options=options[target])
 
 
-def encode_lossless(pixels: np.ndarray, codec: str) -> bytes:
-    """Return uint8 HWC `pixels` (C = 1 or 3) as a lossless blob, `codec` "webp" (smaller) or "png" (faster to write).
-
-    Grey becomes a grey PNG for either codec, as WebP has no grey. `decode_lossless` gives the same samples back.
-    """
-    if codec not in ("webp", "png"):
-        raise ValueError(f"codec={codec!r}: must be 'webp' or 'png'")
-    if codec == "webp" and pixels.shape[-1] == 3:
-        return _save(_join_alpha(pixels, None), "WEBP", options={"lossless": True, "method": 0, "exact": True})
-    return _save(_join_alpha(pixels, None), "PNG", options={"compress_level": 1})
-
-
-def decode_lossless(data: bytes) -> np.ndarray:
-    """Return the uint8 HWC samples of a blob of `encode_lossless`. Raises `Refused` for a damaged one."""
-    return decode(data).pixels
-
-
 def jpeg_codec(pixels: np.ndarray, quality: int) -> np.ndarray:
     """Return uint8 HWC pixels (C = 1 or 3) after JPEG at this quality, colours at half resolution as in most files."""
     sink = io.BytesIO()

@@ -18,10 +18,11 @@ from diffsr_core.family import SuperResolver
 from diffsr_core.training import DivergedError, Trainer, TrainingRecipe
 from diffsr_core.validation import validate
 from pipelines import storage
+from pipelines.blobs import encode_blob
 from pipelines.checkpoints import load_newest, save_checkpoint
 from pipelines.engine import say
-from pipelines.images import encode_lossless
-from pipelines.manifest import Manifest, PairReader, load_manifest
+from pipelines.manifest import Manifest, load_manifest
+from pipelines.reader import PairReader
 from pipelines.runs import TrainingFailed
 
 Report = Callable[[dict[str, float]], None]
@@ -208,7 +209,7 @@ def _validate(config: LoopConfig, manifest: Manifest, trainer: Trainer) -> dict[
     model.load_state_dict({name: value.cpu() for name, value in trainer.ema.items()})
     stage = trainer.recipe.stage_at(trainer.step - 1)[0].name
     result = validate(model, to_tensor(hr), to_tensor(lr), with_sample=stage != "regression")
-    picture = encode_lossless(np.concatenate(list(result.strips[:4]), axis=0), "png")
+    picture = encode_blob(np.concatenate(list(result.strips[:4]), axis=0), "png")
     storage.publish(storage.join(config.output, "samples", f"step-{trainer.step:08d}.png"), picture)
     return result.metrics
 

@@ -10,9 +10,10 @@ from diffsr_core.manipulation import draw, fuse_content, interpolate
 from diffsr_core.metrics import diversity, lr_psnr
 from diffsr_core.upscaler import Pixels, Upscaler
 from pipelines import storage
+from pipelines.blobs import encode_blob
 from pipelines.config import check
 from pipelines.engine import say
-from pipelines.images import Refused, decode, encode_lossless
+from pipelines.images import Refused, decode
 from pipelines.models import resolve
 from pipelines.runs import Summary, new_run_id
 from pipelines.sampling import SamplingConfig
@@ -104,7 +105,7 @@ def manipulate(config: ManipulateConfig, *, verb: str) -> Summary:
     ]
     outputs = [storage.join(config.output, f"{name}.png") for name in made]
     for uri, pixels in zip(outputs, made.values(), strict=True):
-        storage.publish(uri, encode_lossless(pixels, "png"))
+        storage.publish(uri, encode_blob(pixels, "png"))
     record = {
         "verb": verb,
         "settings": settings | {name: found for name, (_, found) in images.items()},  # what an image was, not where

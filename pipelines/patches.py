@@ -16,9 +16,10 @@ from PIL import Image
 
 from diffsr_core.degradation import Degradation, crop_to_multiple
 from pipelines import storage
+from pipelines.blobs import encode_blob
 from pipelines.config import fingerprint
 from pipelines.engine import Enter
-from pipelines.images import Refused, decode, encode_lossless, jpeg_codec
+from pipelines.images import Refused, decode, jpeg_codec
 from pipelines.ledger import Receipt
 from pipelines.manifest import PAIR_SCHEMA
 from pipelines.work import read_source
@@ -97,7 +98,7 @@ class PairsWorker:
     def _pair(self, key: str, etag: str, digest: str, split: str, y: int, x: int, hr: np.ndarray) -> dict[str, Any]:
         seed = int.from_bytes(blake2b(f"{self.recipe['seed']} {digest} {y} {x}".encode(), digest_size=7).digest())
         lr = self.degradation.apply(crop_to_multiple(hr, self.degradation.scale), seed=seed, jpeg=jpeg_codec)
-        hr_blob, lr_blob = encode_lossless(hr, self.recipe["codec"]), encode_lossless(lr, self.recipe["codec"])
+        hr_blob, lr_blob = encode_blob(hr, self.recipe["codec"]), encode_blob(lr, self.recipe["codec"])
         codec = "png" if hr.shape[2] == 1 else self.recipe["codec"]
         return {
             "pair_id": blake2b(f"{self.fingerprint} {digest} {y} {x}".encode(), digest_size=16).hexdigest(),

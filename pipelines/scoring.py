@@ -18,11 +18,13 @@ from diffsr_core.degradation import Degradation, crop_to_multiple
 from diffsr_core.metrics import lr_psnr, psnr, rgb_to_y, ssim
 from diffsr_core.upscaler import SamplingRecipe, Upscaler, bicubic
 from pipelines import storage
+from pipelines.blobs import decode_blob, encode_blob
 from pipelines.engine import check_engine, map_actors, progress
-from pipelines.images import SUFFIXES, Refused, decode, decode_lossless, encode_lossless, jpeg_codec
-from pipelines.manifest import iter_pairs, load_manifest, read_pair
+from pipelines.images import SUFFIXES, Refused, decode, jpeg_codec
+from pipelines.manifest import load_manifest
 from pipelines.models import ResolvedModel, load_files, publish_model
 from pipelines.pictures import check_channels
+from pipelines.reader import iter_pairs, read_pair
 from pipelines.work import read_source
 
 BASELINES = ("bicubic", "regression")
@@ -90,7 +92,7 @@ class Scorer:
         """Return lr, hr and each method's output, uint8 HWC. Raises Refused."""
         if item["place"]:
             hr_blob, data = read_pair(self.source, item["place"])
-            hr, lr = decode_lossless(hr_blob), decode_lossless(data)
+            hr, lr = decode_blob(hr_blob), decode_blob(data)
         else:
             data = read_source(self.source, item)
             pixels = decode(data).pixels
@@ -202,7 +204,7 @@ def strip(images: dict[str, np.ndarray], *, scale: int, side: int) -> bytes:
     tiles = [np.kron(images["lr"][y // scale : (y + side) // scale, x // scale : (x + side) // scale], _square(scale))]
     tiles += [images[name][y : y + side, x : x + side] for name in images if name not in ("lr", "hr")]
     tiles += [hr[y : y + side, x : x + side]]
-    return encode_lossless(np.ascontiguousarray(np.concatenate(tiles, axis=1).astype(np.uint8)), "png")
+    return encode_blob(np.ascontiguousarray(np.concatenate(tiles, axis=1).astype(np.uint8)), "png")
 
 
 def _square(scale: int) -> np.ndarray:

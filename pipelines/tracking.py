@@ -18,8 +18,8 @@ from mlflow.exceptions import MlflowException
 
 from diffsr_core import checkpoint
 from pipelines import storage
+from pipelines.blobs import decode_blob
 from pipelines.engine import say
-from pipelines.images import decode_lossless
 from pipelines.manifest import Manifest
 
 CHAMPION, PREVIOUS = "champion", "previous_champion"
@@ -173,7 +173,7 @@ class Reporter:
         validated = {name: value for name, value in values.items() if name.startswith("val_")}
         if validated:
             uri = storage.join(self.output, "samples", f"step-{step:08d}.png")
-            picture = np.asarray(decode_lossless(storage.read_bytes(uri)))
+            picture = np.asarray(decode_blob(storage.read_bytes(uri)))
             mlflow.MlflowClient().log_image(self.run_id, picture, key="samples", step=step)
         if validated or step == self.num_steps or time.monotonic() - self._shown > 5:
             self._shown = time.monotonic()

@@ -10,14 +10,15 @@ from diffsr_core import presets
 from diffsr_core.degradation import Degradation
 from diffsr_core.training import DivergedError, TrainingRecipe
 from pipelines import storage
+from pipelines.blobs import encode_blob
 from pipelines.checkpoints import newest_files, newest_step
 from pipelines.config import check, fingerprint
 from pipelines.engine import cluster, say
-from pipelines.images import encode_lossless
 from pipelines.lease import Lease
 from pipelines.loop import LoopConfig, Pump, ray_loop, train_loop
-from pipelines.manifest import Manifest, PairReader, load_manifest
+from pipelines.manifest import Manifest, load_manifest
 from pipelines.models import MODEL_FILES, publish_files
+from pipelines.reader import PairReader
 from pipelines.runs import Summary, TrainingFailed, new_run_id
 from pipelines.sampling import check_seed
 
@@ -194,7 +195,7 @@ def _train(config: TrainConfig, manifest: Manifest, lease: Lease, run: dict[str,
         # A run that was killed before its summary may have logged and registered this very model already.
         known = None if config.register is None else tracking.find_version(client, config.register, run_id=run_id)
         if known is None:
-            example = encode_lossless(PairReader(config.pairs, manifest, "train", seed=0).pair(0)[1], "png")
+            example = encode_blob(PairReader(config.pairs, manifest, "train", seed=0).pair(0)[1], "png")
             logged = tracking.log_model(files, example=example)
         else:
             logged = str(known.source)

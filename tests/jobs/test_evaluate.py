@@ -17,8 +17,9 @@ from diffsr_core.degradation import Degradation
 from diffsr_core.upscaler import bicubic
 from pipelines import evaluation
 from pipelines.cli import run_job
-from pipelines.manifest import iter_pairs, load_manifest
+from pipelines.manifest import load_manifest
 from pipelines.pairs import PairsConfig, make_pairs
+from pipelines.reader import iter_pairs
 from pipelines.scoring import open_dataset
 from tests.core.tiny import MODELS
 from tests.jobs.conftest import Ran, photograph, png, run, tree

@@ -292,20 +292,6 @@ def test_a_side_that_the_format_cannot_store_is_a_refusal():
     assert (caught.value.stage, caught.value.reason) == ("encode", "too_large_for_format")
 
 
-@pytest.mark.parametrize("codec", ["webp", "png"])
-@pytest.mark.parametrize("colours", [1, 3])
-def test_lossless_blobs_give_every_sample_back(codec, colours):
-    noise = np.random.default_rng(7).integers(0, 256, (33, 47, colours), dtype=np.uint8)
-    for pixels in (noise, photo(colours=colours), noise[:1, :1]):
-        np.testing.assert_array_equal(images.decode_lossless(images.encode_lossless(pixels, codec)), pixels)
-
-
-def test_a_mistaken_array_is_a_value_error():
-    for pixels in (np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8)):
-        with pytest.raises(ValueError, match="uint8 HWC"):
-            images.encode_lossless(pixels, "png")
-
-
 def test_a_refusal_travels_between_processes():
     refused = pickle.loads(pickle.dumps(Refused("decode", "corrupt", "why")))
     assert (refused.stage, refused.reason, refused.message) == ("decode", "corrupt", "why")

@@ -14,11 +14,12 @@ from PIL import Image
 
 from diffsr_core.degradation import Degradation
 from pipelines import patches, storage
-from pipelines.images import decode_lossless
+from pipelines.blobs import decode_blob
 from pipelines.ledger import Ledger
 from pipelines.loop import prefetch
-from pipelines.manifest import PAIR_SCHEMA, Manifest, PairReader, Shard, iter_pairs, load_manifest
+from pipelines.manifest import PAIR_SCHEMA, Manifest, Shard, load_manifest
 from pipelines.pairs import PairsConfig, make_pairs
+from pipelines.reader import PairReader, iter_pairs
 
 NUM_SOURCES, PATCH, PER_IMAGE = 12, 16, 7
 
@@ -141,7 +142,7 @@ def test_hr_and_lr_of_a_pair_belong_together_and_grey_is_repeated_only_in_batche
     for position in range(read.num_pairs):
         hr, lr = read.pair(position)
         row = rows.loc[storage.digest_bytes(hr.tobytes())]
-        assert np.array_equal(lr, decode_lossless(row["lr"])) and row["split"] == "train"
+        assert np.array_equal(lr, decode_blob(row["lr"])) and row["split"] == "train"
         channels.add(hr.shape[2])
         (batch_hr,), (batch_lr,) = read.batch(range(position, position + 1))
         assert np.array_equal(batch_hr, np.repeat(hr, 3 // hr.shape[2], axis=2))
@@ -169,7 +170,7 @@ def test_a_batch_has_the_channels_of_the_model_and_a_pair_of_others_is_an_error_
 def test_lr_is_made_again_bit_for_bit_from_the_columns_of_a_row(pairs):
     rows = table(pairs)
     for row in rows.to_dict("records"):
-        hr, lr = decode_lossless(row["hr"]), decode_lossless(row["lr"])
+        hr, lr = decode_blob(row["hr"]), decode_blob(row["lr"])
         again = Degradation(**json.loads(row["degradation"])).apply(hr, seed=row["degradation_seed"])
         assert again.tobytes() == lr.tobytes() and again.shape == lr.shape == (row["lr_h"], row["lr_w"], hr.shape[2])
         assert storage.digest_bytes(hr.tobytes()) == row["hr_sha256"]

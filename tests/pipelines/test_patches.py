@@ -14,9 +14,10 @@ from diffsr_core.checkpoint import model_files, save_files
 from diffsr_core.degradation import DEGRADATIONS, Degradation
 from diffsr_core.family import ModelConfig, SuperResolver
 from diffsr_core.networks.rrdb import RRDBConfig
+from pipelines.blobs import decode_blob
 from pipelines.config import fingerprint
 from pipelines.evaluation import EvaluateConfig
-from pipelines.images import decode_lossless, jpeg_codec
+from pipelines.images import jpeg_codec
 from pipelines.pairs import PairsConfig, make_pairs
 from pipelines.promotion import PromoteConfig
 from pipelines.scoring import Scorer, open_dataset
@@ -46,7 +47,7 @@ def test_pairs_of_every_recipe_are_made_again_from_their_columns(source, tmp_pat
     assert len(rows) == 4 * 3 and {row["scale"] for row in rows} == {scale}
     changed = 0
     for row in rows:
-        hr, lr = decode_lossless(row["hr"]), decode_lossless(row["lr"])
+        hr, lr = decode_blob(row["hr"]), decode_blob(row["lr"])
         recipe = Degradation(**json.loads(row["degradation"]))
         assert recipe == Degradation(name, scale)
         assert np.array_equal(recipe.apply(hr, seed=row["degradation_seed"], jpeg=jpeg_codec), lr)
@@ -60,7 +61,7 @@ def test_settings_reach_the_pairs_and_are_part_of_the_recipe(source, tmp_path):
     rows = rows_of(source, tmp_path / "pairs", degradation=text, scale=1)
     assert {row["degradation"] for row in rows} == {'{"name":"jpeg","scale":1,"settings":{"quality":[7.0,7.0]}}'}
     for row in rows:
-        assert np.array_equal(jpeg_codec(decode_lossless(row["hr"]), 7), decode_lossless(row["lr"]))
+        assert np.array_equal(jpeg_codec(decode_blob(row["hr"]), 7), decode_blob(row["lr"]))
     recorded = json.loads((tmp_path / "pairs/manifest.json").read_text())["recipe"]["degradation"]
     assert json.loads(recorded) == {"name": "jpeg", "settings": {"quality": [7.0, 7.0]}}
     with pytest.raises(ValueError, match="must be a set of the same recipe; it has degradation="):
