@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_DATA_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: venv demo test bench check format serve clean
+.PHONY: venv demo test bench soak check format serve clean
 
 venv: $(VENV)/ready
 
@@ -14,7 +14,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || \
 	  { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; } || \
 	  { rm -rf $(VENV); echo "this Python cannot make a venv: install python3-venv, or make PYTHON=PATH" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev,geo,video]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev,geo,scans,video]"
 	touch $@
 
 demo: venv
@@ -33,12 +33,18 @@ test: venv check
 	$(BIN)/python -m tests.s3_server
 	$(BIN)/python -m pytest
 
-# The tables of tests/benchmarks: about 20 minutes on one core. One that fails does not empty its table.
+# The tables of tests/benchmarks: about 40 minutes. One that fails does not empty its table.
 bench: venv
 	mkdir -p build
-	for name in solvers cascade steps; do \
+	for name in solvers cascade steps plan codecs pairs; do \
 	  $(BIN)/python -m tests.benchmarks.$$name > build/$$name.md || exit 1; mv build/$$name.md tests/benchmarks/; \
 	done
+
+# What takes too long for the tests (tests/soak/README.md): about an hour.
+soak: venv
+	$(BIN)/python -m tests.soak.kills
+	$(BIN)/python -m tests.soak.kills --engine ray --num-workers 2 --kills 5 --seed 1
+	$(BIN)/python -m tests.soak.memory
 
 # The demo's MLflow: experiments, models, aliases.
 serve: venv

@@ -53,6 +53,7 @@ _LIMITS: Mapping[str, Range] = MappingProxyType(
     | {"resize": (0.05, 4), "cutoff": (0.1, math.pi)}
 )
 _CODED = ("jpeg", "real")
+_ONLY_INTEGERS = ("noise", *_CODED)
 _MOST_CHANNELS = 16
 
 
@@ -169,14 +170,23 @@ class Degradation:
     def apply(self, hr: NDArray[Any], *, seed: int, jpeg: JpegCodec | None = None) -> NDArray[Any]:
         """Return the LR pixels, HW or HWC in the type of hr, a function of (recipe, hr, seed) and the codec alone.
 
-        hr: uint8 or uint16 pixels of 1 to 16 channels whose sides are multiples of the scale. Float64 throughout, one
-        rounding at the end, halves away from zero; JPEG sees 8 bits. bicubic and bilinear draw nothing: the seed does
-        not change them. jpeg: needed by jpeg and real.
-        Raises ValueError for another type, size or number of channels (JPEG has 1 or 3), or a missing codec.
+        hr: uint8, uint16 or float32 pixels of 1 to 16 channels whose sides are multiples of the scale. Float64
+        throughout, one rounding at the end, halves away from zero; JPEG sees 8 bits. A float32 result is neither
+        rounded to integers nor clipped, and a sample that is not finite spreads (by a blur over the whole image): leave
+        such images out. bicubic and bilinear draw nothing: the seed changes nothing. jpeg: needed by jpeg and real.
+        Raises ValueError for another type (noise, jpeg and real: also for float32), size or number of channels (JPEG
+        has 1 or 3), or a missing codec.
         Source of bicubic: MATLAB's imresize of a double image, then im2uint8.
         """
-        if hr.dtype not in (np.uint8, np.uint16):
-            raise ValueError(f"hr is {hr.dtype}: it must be uint8 or uint16; convert it with its own range in mind")
+        if hr.dtype not in (np.uint8, np.uint16, np.float32):
+            raise ValueError(
+                f"hr is {hr.dtype}: it must be uint8, uint16 or float32; convert it with its own range in mind"
+            )
+        if hr.dtype == np.float32 and self.name in _ONLY_INTEGERS:
+            raise ValueError(
+                f"hr is float32: {self.name} must have uint8 or uint16, because its levels are of 255 and a float has "
+                "no such range; use bicubic, bilinear or blur-bicubic, or convert hr with its own range in mind"
+            )
         if hr.ndim not in (2, 3) or not 1 <= hr[:1, :1].size <= _MOST_CHANNELS:
             raise ValueError(
                 f"hr has shape {hr.shape}: it must be HW, or HWC of 1 to {_MOST_CHANNELS} channels; pass one image"
@@ -190,27 +200,28 @@ class Degradation:
                 f"hr has shape {hr.shape}: {self.name} must have 1 or 3 channels; use blur-bicubic or noise"
             )
         check_divisible(hr.shape[0], hr.shape[1], self.scale)
-        x = hr.reshape(*hr.shape[:2], -1).astype(np.float64)
-        lr = round_pixels(self._degraded(x, Draws(seed), jpeg, float(np.iinfo(hr.dtype).max) / 255), hr.dtype)
-        return lr[:, :, 0] if hr.ndim == 2 else lr
+        lr = self._degraded(hr.reshape(*hr.shape[:2], -1), seed, jpeg)
+        whole = lr.astype(np.float32) if hr.dtype == np.float32 else round_pixels(lr, hr.dtype)
+        return whole[:, :, 0] if hr.ndim == 2 else whole
 
-    def _degraded(self, x: Pixels, draws: Draws, jpeg: JpegCodec | None, unit: float) -> Pixels:
-        """Return the LR (h, w, C), not rounded. unit: one level of 255 in the range of x."""
-        s = self.settings
-        if self.name == "bilinear":
-            return downscale_pixels(x, self.scale, kernel="bilinear")
+    def _degraded(self, x: NDArray[Any], seed: int, jpeg: JpegCodec | None) -> Pixels:
+        """Return the LR (h, w, C) of x (H, W, C), not rounded."""
+        if self.name in ("bicubic", "bilinear"):
+            return downscale_pixels(x, self.scale, kernel="bilinear" if self.name == "bilinear" else "bicubic")
+        s, draws = self.settings, Draws(seed)
         if self.name == "blur-bicubic":
-            x = _blurred(x, draws, sigma=s["blur"], anisotropic=s["anisotropic"])
+            blurred = _blurred(x.astype(np.float64), draws, sigma=s["blur"], anisotropic=s["anisotropic"])
+            return downscale_pixels(blurred, self.scale)
+        # One level of 255 in the range of x.
+        unit = float(np.iinfo(x.dtype).max) / 255
         if self.name == "real":
             assert jpeg is not None
-            return _real(x, self.scale, s, draws, jpeg, unit)
+            return _real(x.astype(np.float64), self.scale, s, draws, jpeg, unit)
         lr = downscale_pixels(x, self.scale)
         if self.name == "noise":
             return _noisy(lr, draws, noise=s["noise"], shot=s["shot"], grey=s["grey"], unit=unit)
-        if self.name == "jpeg":
-            assert jpeg is not None
-            return _compressed(lr, draws, quality=s["quality"], jpeg=jpeg, unit=unit)
-        return lr
+        assert jpeg is not None
+        return _compressed(lr, draws, quality=s["quality"], jpeg=jpeg, unit=unit)
 
 
 def _complete(name: str, given: Mapping[str, Any]) -> dict[str, Setting]:

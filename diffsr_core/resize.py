@@ -16,9 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffsr_core.taps import Border, Kernel, checked_scale, resize_weights, transpose_taps
+from diffsr_core.taps import Border, Kernel, checked_scale, phase_taps, resize_weights, transpose_taps
 
 Flavour = Literal["A", "B", "C"]
+
+# Samples that downscale_pixels makes at once in its first pass: 0.5 MiB of float64 stay in the cache.
+_BLOCK_SAMPLES = 1 << 16
 
 
 def resize(x: Tensor, size: tuple[int, int], *, kernel: Kernel = "bicubic") -> Tensor:
@@ -99,10 +102,30 @@ def resize_pixels(pixels: NDArray[Any], size: tuple[int, int], *, kernel: Kernel
 def downscale_pixels(pixels: NDArray[Any], scale: int, *, kernel: Kernel = "bicubic") -> NDArray[np.float64]:
     """Return the float64 downscale of HW or HWC pixels, in the range of the pixels, neither rounded nor clipped.
 
-    Raises ValueError for another number of dimensions, and as downscale does.
+    The bits of downscale on their float64 tensor in less than half its time; of a large image only a block of rows at a
+    time is float64. Raises ValueError for another number of dimensions, and as downscale does.
     """
-    with torch.no_grad():
-        return _to_pixels(downscale(_to_tensor(pixels), scale, kernel=kernel), pixels.ndim)
+    _check_pixels(pixels)
+    _check_scale(scale)
+    height, width = pixels.shape[:2]
+    check_divisible(height, width, scale)
+    if scale == 1:
+        return np.array(pixels, dtype=np.float64, order="C")
+    channels = math.prod(pixels.shape[2:])
+    rows, columns = phase_taps(height, scale, kernel=kernel), phase_taps(width, scale, kernel=kernel)
+    samples = (columns.gathered[:, :, None] * channels + np.arange(channels)).reshape(scale, -1)
+    lines = pixels.reshape(height, width * channels)
+    out = np.empty((height // scale, width // scale * channels))
+    halo, step = rows.gathered.shape[1] - len(out), max(8, _BLOCK_SAMPLES // max(1, width * channels))
+    dtype = _exact_dtype(pixels.dtype, rows.weights)
+    for top in range(0, len(out), step):
+        part = out[top : top + step]
+        down = lines[rows.gathered[:, top : top + len(part) + halo]].astype(dtype, copy=False)
+        reduced = _weighted_sum([down[p, i : i + len(part)] for p, i in rows.phases], rows.weights)
+        across = np.take(reduced, samples, axis=1).astype(np.float64, copy=False)
+        starts = [(p, i * channels) for p, i in columns.phases]
+        part[:] = _weighted_sum([across[:, p, i : i + part.shape[1]] for p, i in starts], columns.weights)
+    return out.reshape(height // scale, width // scale, *pixels.shape[2:])
 
 
 def imresize(
@@ -161,9 +184,33 @@ def _check_image(x: Tensor, name: str = "x") -> None:
         )
 
 
-def _to_tensor(pixels: NDArray[Any]) -> Tensor:
+def _check_pixels(pixels: NDArray[Any]) -> None:
     if pixels.ndim not in (2, 3):
         raise ValueError(f"pixels has shape {pixels.shape}: it must be HW or HWC; pass one image at a time")
+
+
+def _exact_dtype(dtype: np.dtype[Any], weights: tuple[float, ...]) -> type[np.floating[Any]]:
+    """Return the type for the weighted sums of pixels of a type: the narrowest that has the bits of float64.
+
+    uint8 times weights that are whole multiples of 2**-15 (scales 2 and 4, bilinear 8): products and sums below 2**9
+    need no more than the 24 bits of float32, so nothing is ever rounded, and half the bytes take half the time.
+    """
+    whole = all((weight * 2**15).is_integer() for weight in weights)
+    return np.float32 if dtype == np.uint8 and whole and 255 * sum(map(abs, weights)) < 2**9 else np.float64
+
+
+def _weighted_sum(samples: list[NDArray[Any]], weights: tuple[float, ...]) -> NDArray[Any]:
+    """Return the sum of samples times weights, one after the other as in _Pass."""
+    total = samples[0] * weights[0]
+    product = np.empty_like(total)
+    for sample, weight in zip(samples[1:], weights[1:], strict=True):
+        np.multiply(sample, weight, out=product)
+        total += product
+    return total
+
+
+def _to_tensor(pixels: NDArray[Any]) -> Tensor:
+    _check_pixels(pixels)
     planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float64))[None]
 

@@ -3,9 +3,11 @@
 import math
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Kernel = Literal["bicubic", "bilinear"]
@@ -74,6 +76,37 @@ def resize_weights(
         indices = mirrored if border == "symmetric" else position.clamp(0, in_size - 1)
         used = (weights != 0).any(dim=0)
         return indices[:, used].contiguous(), weights[:, used].contiguous()
+
+
+class PhaseTaps(NamedTuple):
+    """The taps of a reduction by a whole number, over samples that are first gathered phase by phase.
+
+    gathered: int64 (scale, groups), indices: row p holds every scale-th sample of the mirrored line from its p-th on,
+    so that a tap of all outputs is one contiguous block. phases: (p, start) of the block of each tap; weights: its
+    weight. Output i is the sum, in this order, of weight * line[gathered[p, start + i]].
+    """
+
+    gathered: NDArray[np.int64]
+    phases: tuple[tuple[int, int], ...]
+    weights: tuple[float, ...]
+
+
+@lru_cache(maxsize=256)
+def phase_taps(in_size: int, scale: int, *, kernel: Kernel = "bicubic") -> PhaseTaps:
+    """Return the taps from in_size to in_size / scale samples: those of resize_weights in their order, bit for bit.
+
+    All outputs have the same phase, and so the same weights. The array is shared between callers and read-only.
+    Raises ValueError as resize_weights does.
+    """
+    # Output 2 of 5 has no tap beyond the border: there the indices are the positions.
+    indices, weights = resize_weights(5 * scale, 5, kernel=kernel)
+    first, last = int(indices[2, 0]), int(indices[2, -1])
+    position = first + np.arange(scale)[:, None] + scale * np.arange(in_size // scale + (last - first) // scale)
+    mirrored = (position - 2 * scale) % (2 * in_size)
+    gathered = np.where(mirrored < in_size, mirrored, 2 * in_size - 1 - mirrored)
+    gathered.flags.writeable = False
+    phases = tuple(((index - first) % scale, (index - first) // scale) for index in indices[2].tolist())
+    return PhaseTaps(gathered, phases, tuple(weights[2].tolist()))
 
 
 def transpose_taps(indices: Tensor, weights: Tensor, in_size: int) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,12 @@ from diffsr_core.checkpoint import model_from_files
 from diffsr_core.upscaler import SamplingRecipe, Upscaler
 from pipelines import storage
 from pipelines.config import fingerprint
+from pipelines.corpus import read_source
 from pipelines.engine import Enter
 from pipelines.images import Refused
 from pipelines.ledger import Receipt
 from pipelines.models import load_files
 from pipelines.pictures import output_key, upscale_picture
-from pipelines.work import read_source
 
 # What a store says of a name that it cannot hold: too long, or a file where another name needs a folder.
 BAD_NAME = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)

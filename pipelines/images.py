@@ -12,7 +12,7 @@ import struct
 import threading
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
@@ -38,6 +38,23 @@ REASONS: dict[str, str] = {
     "oom": "there was no memory for it",
     "worker_died": "the process that was at work on it died, more than once",
     "too_large_for_format": "the result has a side that the output format cannot store",
+    "missing": "the object is listed, and not there",
+    "io_error": "the store did not give it",
+    "source_changed": "the object changed between listing and reading; the next run takes the new content",
+    "bad_name": "its name, or that of its result, is one that the store cannot hold",
+    "name_not_utf8": "its name is no UTF-8; rename it",
+    "time_limit": "the time for one image was up before it was done",
+    "needs_rasterio": "a raster, and rasterio is not installed here: pip install diffsr[geo]",
+    "missing_band": "the bands asked for are not all there, or one of them is the alpha",
+    "too_many_channels": "more channels than one image may have here; choose bands",
+    "no_value_range": "float samples and no range of values declared for them: nobody can say what white is",
+    "bad_profile": "the colour profile is damaged, or made for other channels than the image has",
+    "profile_16bit": "16-bit samples with a colour profile, which needs imagecodecs: pip install diffsr[scans]",
+    "no_twin": "the archive of low resolution has no image of that name",
+    "scale_mismatch": "the twin of low resolution does not have the size that the scale asks for",
+    "channel_mismatch": "the twin of low resolution has other channels",
+    "misaligned": "the twin of low resolution shows the same place, but shifted by more than the limit",
+    "unrelated": "the twin of low resolution does not show the same picture",
 }
 # What a listing takes for an image: a format that is not read becomes a dead letter, not silence.
 _READ = ".png .jpg .jpeg .jpe .jfif .webp .tif .tiff .bmp .gif .ppm .pgm .pbm .pnm"
@@ -67,15 +84,15 @@ _MAGIC = {
 }
 # What Pillow raises for bad bytes, found by the hostile corpus and by fuzzing; the guarded calls are all Pillow's.
 # Warning is there for a process in which somebody has turned warnings into errors.
-_BAD_DATA: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError)
-_BAD_DATA += (ArithmeticError, struct.error, zlib.error, ImageCms.PyCMSError, Image.DecompressionBombError, Warning)
-_BAD_DATA += (MemoryError,)
+BAD_DATA: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError)
+BAD_DATA += (ArithmeticError, struct.error, zlib.error, ImageCms.PyCMSError, Image.DecompressionBombError, Warning)
+BAD_DATA += (MemoryError,)
 _TRUNCATED = re.compile(r"truncat|unexpected end|end of file|not enough|insufficient|buffer is not large", re.I)
 _MODE = re.compile(r"unknown pixel mode|unknown raw mode|cannot handle \d+-|unsupported bit depth|sample format", re.I)
 _GREY = ("1", "L", "LA", "La")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB")
 _SUBFILE_TYPE, _BITS_PER_SAMPLE, _DNG_VERSION, _ORIENTATION, _MPF_ENTRIES = 254, 258, 50706, 274, 0xB002
-_GEOREFERENCE = (33550, 33922, 34264, 34735)  # GeoTIFF 1.1: pixel scale, tie points, transformation, geo keys
+GEOREFERENCE = (33550, 33922, 34264, 34735)  # GeoTIFF 1.1: pixel scale, tie points, transformation, geo keys
 _pillow_limit = threading.Lock()
 
 
@@ -96,7 +113,8 @@ class Picture:
 
     `pixels` is uint8 HWC with C = 1 (grey) or 3 (RGB), range [0, 255], in the encoding that `icc` describes; `alpha`
     is uint8 HW, straight (not premultiplied), or None; `format` is what was read (one of `FORMATS`, BMP, GIF, PPM);
-    `mode` is Pillow's name for the samples as stored; `exif_transposed` says that an orientation was applied.
+    `mode` is Pillow's name for the samples as stored; `exif_transposed` says that an orientation was applied;
+    `stored_icc` is the profile in the file, which is not `icc` where CMYK or Lab was converted.
     """
 
     pixels: np.ndarray
@@ -105,18 +123,27 @@ class Picture:
     mode: str
     icc: bytes | None
     exif_transposed: bool
+    stored_icc: bytes | None = None
 
 
-def sniff(data: bytes) -> str:
-    """Return the format of `data` by its first bytes, not its name. Raises `Refused` for what is not read here."""
+def identify(data: bytes) -> str:
+    """Return the name of the format of `data` by its first 32 bytes, "" for none that is known."""
+    return next((name for pattern, name in _MAGIC.items() if re.match(pattern, data, re.DOTALL)), "")
+
+
+def sniff(data: bytes, *, size: int | None = None) -> str:
+    """Return the format of `data` by its first bytes, not its name. Raises `Refused` for what is not read here.
+
+    `size` is that of the file where `data` is only its head.
+    """
     if not data:
         raise Refused("sniff", "empty_file", "0 bytes")
-    for pattern, name in _MAGIC.items():
-        if re.match(pattern, data, re.DOTALL):
-            if name not in _READERS:
-                raise Refused("sniff", "unsupported_format", f"{name} is not one of {', '.join(_READERS)}")
-            return name
-    raise Refused("sniff", "not_an_image", f"{len(data)} bytes that begin with {data[:16]!r}")
+    name = identify(data)
+    if not name:
+        raise Refused("sniff", "not_an_image", f"{size or len(data)} bytes that begin with {data[:16]!r}")
+    if name not in _READERS:
+        raise Refused("sniff", "unsupported_format", f"{name} is not one of {', '.join(_READERS)}")
+    return name
 
 
 def decode(data: bytes, *, max_pixels: int = 100_000_000) -> Picture:
@@ -125,10 +152,14 @@ def decode(data: bytes, *, max_pixels: int = 100_000_000) -> Picture:
     CMYK and Lab with a profile go through that profile to sRGB; without one by Pillow's formula, and `icc` is then
     None, as the old profile would be wrong. Raises `Refused`, and nothing else, for any bytes.
     """
-    format = sniff(data)
+    return decode_file(io.BytesIO(data), sniff(data), max_pixels=max_pixels)
+
+
+def decode_file(file: IO[bytes], format: str, *, max_pixels: int) -> Picture:
+    """Return the picture in an open file, which `sniff` says to be of this format; as `decode` otherwise."""
     _raise_pillow_limit(max_pixels)
     try:
-        image = _READERS[format](io.BytesIO(data))
+        image = _READERS[format](file)
         _check_header(image, max_pixels)
         mode = image.mode
         # A TIFF is turned by Pillow while it loads; a PNG may keep its EXIF behind the pixels.
@@ -138,12 +169,12 @@ def decode(data: bytes, *, max_pixels: int = 100_000_000) -> Picture:
         turned = orientation in range(2, 9)
         upright = ImageOps.exif_transpose(image) if turned and format != "TIFF" else image
         samples, icc = _to_grey_or_rgb(upright)
-    except _BAD_DATA as error:
-        raise _refusal(error) from error
+    except BAD_DATA as error:
+        raise refusal(error) from error
     colours = 1 if samples.shape[2] < 3 else 3
     pixels = np.ascontiguousarray(samples[:, :, :colours])
     alpha = np.ascontiguousarray(samples[:, :, colours]) if samples.shape[2] > colours else None
-    return Picture(pixels, alpha, format, mode, icc, turned)
+    return Picture(pixels, alpha, format, mode, icc, turned, image.info.get("icc_profile") or None)
 
 
 def output_format(format: str) -> str:
@@ -198,7 +229,7 @@ def _check_header(image: ImageFile.ImageFile, max_pixels: int) -> None:
         raise Refused("decode", "too_large", f"{width} x {height} px is more than the limit of {max_pixels} px")
     if isinstance(image, TiffImageFile) and _DNG_VERSION in image.tag_v2:
         raise Refused("sniff", "unsupported_format", "a DNG camera raw; develop it to TIFF first")
-    if isinstance(image, TiffImageFile) and any(tag in image.tag_v2 for tag in _GEOREFERENCE):
+    if isinstance(image, TiffImageFile) and any(tag in image.tag_v2 for tag in GEOREFERENCE):
         raise Refused("decode", "georeferenced", "a GeoTIFF, whose georeference would be lost; strip it if it may be")
     bits = _sample_bits(image)
     if bits > 8 or image.mode not in _GREY + _COLOUR:
@@ -260,7 +291,7 @@ def _to_grey_or_rgb(image: Image.Image) -> tuple[np.ndarray, bytes | None]:
     return np.atleast_3d(np.array(image if image.mode == target else image.convert(target))), icc
 
 
-def _refusal(error: BaseException) -> Refused:
+def refusal(error: BaseException) -> Refused:
     """Return the refusal for what Pillow raised: the type and the message say which of the reasons it is."""
     message = f"{type(error).__name__}: {error}"[:300]
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):

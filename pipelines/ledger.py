@@ -1,7 +1,7 @@
 """What happened to every asset: plans and receipts. Everything lies under `<output>/_diffsr/`.
 
     plans/<id>.parquet      work that was decided on; one row group per unit; deleted when it is committed
-    ledger/<fence>-<n>.parquet   receipts, append-only; the latest row of a key is the truth
+    ledger/<fence>-<n>.parquet   receipts, append-only; the latest row of a key is the truth; compacted now and then
 
 The object is written before its receipt. A kill between the two redoes an idempotent write (law 2).
 """
@@ -10,10 +10,13 @@ import io
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -39,6 +42,12 @@ PLAN_SCHEMA = pa.schema([("unit_id", pa.string()), ("key", pa.string()), ("etag"
 LISTING_SCHEMA = pa.schema([("key", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
 SEGMENT = re.compile(r"\d{10}-\d{6}\.parquet")  # a stray file of some desktop is no segment
 OUTPUT_LOST = "output_lost"  # written by verify; the next run redoes the asset
+GONE = "gone"  # a source that is listed no more: it leaves the set, and is work again when it comes back
+LEAST_BYTES = 2**14  # that an object counts in a unit: each has its cost, and 200,000 tiny ones are many units
+MAX_SEGMENTS = 64
+NUM_READERS = 8
+ROW_GROUP_ROWS = 2**16
+HISTORY = ("key", "recipe", "model", "out_key")  # what a compaction keeps the latest receipt of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +86,56 @@ class Ledger:
         folder = storage.join(self.root, "ledger")
         return [storage.join(folder, name) for name in storage.list_names(folder) if SEGMENT.fullmatch(name)]
 
-    def rows(self) -> pa.Table:
-        """Return every receipt, oldest first, with its position in column `order`."""
-        tables = [pq.read_table(io.BytesIO(storage.read_bytes(uri)), schema=RECEIPT_SCHEMA) for uri in self.segments()]
-        table = pa.concat_tables(tables) if tables else RECEIPT_SCHEMA.empty_table()
-        return table.append_column("order", pa.array(range(table.num_rows), pa.int64()))
+    def rows(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return every receipt, oldest first, with its position in column `order`; of the given columns, all if None.
 
-    def latest(self) -> pa.Table:
-        """Return the latest receipt of each key."""
-        table = self.rows()
-        newest = table.group_by("key").aggregate([("order", "max")])["order_max"]
-        return table.take(newest.combine_chunks()).sort_by("order")
+        Raises OSError where the segments do not stay for the time of one reading.
+        """
+        names = list(columns) if columns is not None else RECEIPT_SCHEMA.names
+        schema = pa.schema([RECEIPT_SCHEMA.field(name) for name in names])
+        for _ in range(10):
+            uris = self.segments()
+            try:
+                with ThreadPoolExecutor(NUM_READERS) as pool:
+                    tables = list(pool.map(partial(_read_segment, columns=names), uris))
+            except FileNotFoundError:  # compacted under our hands
+                continue
+            if self.segments() == uris:  # a listing that runs beside a compaction may show neither old nor new
+                table = pa.concat_tables(tables) if tables else schema.empty_table()
+                return table.append_column("order", pa.array(np.arange(table.num_rows, dtype=np.int64)))
+        raise OSError(f"the segments of {self.root} change faster than they are read; try again when its run has ended")
+
+    def latest(self, columns: Sequence[str] | None = None, *, recipe: str | None = None) -> pa.Table:
+        """Return the latest receipt of each key, oldest first; recipe: as if those of other recipes were not there."""
+        names = list(columns) if columns is not None else RECEIPT_SCHEMA.names
+        table = self.rows(list(dict.fromkeys([*names, "key", *(["recipe"] if recipe is not None else [])])))
+        if recipe is not None:
+            table = table.filter(pc.equal(table["recipe"], recipe))
+        # Not `take`, which copies a column into one piece first.
+        return table.filter(_is_last(table.select(["key", "order"]), ("key",))).select([*names, "order"])
+
+    def compact(self, *, fence: int) -> bool:
+        """Put one segment in the place of more than MAX_SEGMENTS; return whether it did. For the holder of `fence`.
+
+        It keeps the latest receipt of each (key, recipe, model, out_key): what `latest` gives with any recipe, and
+        every object that was ever named, in the order of the originals. Its name sorts behind theirs, and they go only
+        when it is there: killed in between, it hides what is left of them, and nothing reads differently.
+        """
+        uris = self.segments()
+        numbers = [tuple(map(int, uri.rpartition("/")[2].removesuffix(".parquet").split("-"))) for uri in uris]
+        if len(uris) <= MAX_SEGMENTS or numbers[-1][0] > fence:  # a newer holder's: then it is not ours to compact
+            return False
+        keep = _is_last(self.rows(HISTORY), HISTORY)
+        sink, start = io.BytesIO(), 0
+        with pq.ParquetWriter(sink, RECEIPT_SCHEMA, compression="zstd") as writer:
+            for uri in uris:  # one by one: the messages and metrics of all at once would take gigabytes
+                table = _read_segment(uri, columns=RECEIPT_SCHEMA.names)
+                writer.write_table(table.filter(keep.slice(start, table.num_rows)), row_group_size=ROW_GROUP_ROWS)
+                start += table.num_rows
+        self._publish(sink, fence=fence, number=1 + max((n for of, n in numbers if of == fence), default=-1))
+        for uri in uris:
+            storage.delete(uri)
+        return True
 
     def append(self, receipts: Sequence[Receipt], *, fence: int, number: int) -> None:
         """Write one segment. Its name is (fence, number), so two writers can never write the same one."""
@@ -95,8 +143,22 @@ class Ledger:
         columns["metrics"] = [list(r.metrics.items()) for r in receipts]
         table = pa.table([pa.array(columns[f.name], f.type) for f in RECEIPT_SCHEMA], schema=RECEIPT_SCHEMA)
         sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
+        self._publish(sink, fence=fence, number=number)
+
+    def _publish(self, sink: io.BytesIO, *, fence: int, number: int) -> None:
         storage.publish(storage.join(self.root, "ledger", f"{fence:010d}-{number:06d}.parquet"), sink.getvalue())
+
+
+def _read_segment(uri: str, *, columns: Sequence[str]) -> pa.Table:
+    source = pa.BufferReader(storage.read_bytes(uri))
+    return pq.read_table(source, columns=list(columns), schema=RECEIPT_SCHEMA, use_threads=False)
+
+
+def _is_last(table: pa.Table, by: Sequence[str]) -> pa.ChunkedArray:
+    """Return for each row (bool) whether it is the last one of its group."""
+    last = table.group_by(list(by)).aggregate([("order", "max")])["order_max"]
+    return pc.is_in(table["order"], value_set=last)
 
 
 def list_table(source: str, *, suffixes: frozenset[str] | None = None) -> pa.Table:
@@ -123,37 +185,46 @@ def list_table(source: str, *, suffixes: frozenset[str] | None = None) -> pa.Tab
     return pa.Table.from_batches(batches, schema=LISTING_SCHEMA).sort_by("key")
 
 
-def difference(listing: pa.Table, latest: pa.Table, *, recipe: str, model: str, retry_dead: bool) -> pa.Table:
-    """Return the rows of the listing that are not accounted for: no latest receipt of the same etag, recipe and model.
+def accounted(listing: pa.Table, latest: pa.Table, *, recipe: str, model: str, retry_dead: bool) -> pa.Table:
+    """Return for each row of the listing, in its order, `known` (bool) and the `fence` of the receipt that knows it.
 
-    The latest receipt decides, not any receipt: after a -> b -> a (a source edited back, a model rolled back) the
-    output holds b, so a is work again. Dead letters stay dead until `retry_dead`; a lost output is always work.
+    An asset is known when the latest receipt of its key is of the same etag, recipe and model. The latest receipt
+    decides, not any receipt: after a -> b -> a (a source edited back, a model rolled back) the output holds b, so a is
+    work again. Dead letters stay dead until `retry_dead`; a lost output, and a source that was gone, is always work.
+    latest: key, etag, recipe, model, status, reason, fence.
     """
     same = pc.and_(pc.equal(latest["recipe"], recipe), pc.equal(latest["model"], model))
-    same = pc.and_(same, pc.not_equal(latest["reason"], OUTPUT_LOST))
+    same = pc.and_(same, pc.invert(pc.is_in(latest["reason"], value_set=pa.array([OUTPUT_LOST, GONE]))))
     if retry_dead:
         same = pc.and_(same, pc.not_equal(latest["status"], "dead"))
-    accounted = latest.filter(same).select(["key", "etag"])
-    return listing.join(accounted, keys=["key", "etag"], join_type="left anti").sort_by("key")
+    ours = latest.filter(same)
+    place = pc.index_in(listing["key"], value_set=ours["key"])
+    known = pc.fill_null(pc.equal(ours["etag"].take(place), listing["etag"]), False)
+    return pa.table({"known": known, "fence": ours["fence"].take(place)})
+
+
+def difference(listing: pa.Table, latest: pa.Table, *, recipe: str, model: str, retry_dead: bool) -> pa.Table:
+    """Return the rows of the listing that are not `accounted` for, sorted by key."""
+    found = accounted(listing, latest, recipe=recipe, model=model, retry_dead=retry_dead)
+    return listing.filter(pc.invert(found["known"])).sort_by("key")
 
 
 def pack(work: pa.Table, *, recipe: str, model: str, unit_bytes: int) -> Iterator[pa.Table]:
     """Yield units: consecutive rows of the sorted work, closed when they reach unit_bytes; PLAN_SCHEMA.
 
-    A unit's id is a hash of its (key, etag) rows, the recipe and the model: it does not depend on the cluster.
+    Each object counts at least LEAST_BYTES. A unit's id is a hash of its (key, etag) rows, the recipe and the model:
+    it does not depend on the cluster.
     """
-    start, total = 0, 0
-    sizes = work["size"].to_pylist()
-    for index, size in enumerate(sizes):
-        total += size
-        if total >= unit_bytes or index == len(sizes) - 1:
-            rows = work.slice(start, index + 1 - start)
-            hasher = blake2b(f"{recipe}\0{model}\0".encode(), digest_size=12)
-            for key, etag in zip(rows["key"].to_pylist(), rows["etag"].to_pylist(), strict=True):
-                hasher.update(f"{key}\0{etag}\0".encode())
-            unit = pa.array([hasher.hexdigest()] * rows.num_rows, pa.string())
-            yield rows.select(["key", "etag", "size"]).add_column(0, "unit_id", unit).combine_chunks()
-            start, total = index + 1, 0
+    ends = np.cumsum(np.maximum(work["size"].to_numpy(), LEAST_BYTES))
+    start = 0
+    while start < len(ends):
+        before = int(ends[start - 1]) if start else 0
+        stop = min(int(np.searchsorted(ends, before + unit_bytes)) + 1, len(ends))
+        rows = work.slice(start, stop - start).select(["key", "etag", "size"]).combine_chunks()
+        hasher = blake2b(f"{recipe}\0{model}\0".encode(), digest_size=12)
+        hasher.update("".join(pc.binary_join_element_wise(rows["key"], rows["etag"], "", "\0").to_pylist()).encode())
+        yield rows.add_column(0, "unit_id", pa.repeat(hasher.hexdigest(), rows.num_rows))
+        start = stop
 
 
 class Plan:
@@ -188,7 +259,9 @@ class Plan:
 
     def unit_ids(self) -> list[str]:
         """Return the id of each unit, by index."""
-        return [self.file.read_row_group(i, columns=["unit_id"])["unit_id"][0].as_py() for i in range(self.num_units)]
+        ids, metadata = self.file.read(columns=["unit_id"])["unit_id"], self.file.metadata
+        ends = np.cumsum([metadata.row_group(index).num_rows for index in range(self.num_units)], dtype=np.int64)
+        return list(ids.take(pa.array(ends - 1)).to_pylist())
 
 
 def save_plan(ledger: Ledger, units: Iterable[pa.Table], *, recipe: str, model: str, fence: int) -> Plan:

@@ -1,62 +1,92 @@
 """Job 1: a bucket of images becomes LR-HR pairs in Parquet, with every input accounted for."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from diffsr_core.degradation import Degradation
 from pipelines import storage
-from pipelines.config import check, fingerprint, to_mapping
-from pipelines.engine import say
-from pipelines.images import SUFFIXES
+from pipelines.config import check, fingerprint
+from pipelines.corpus import Corpus
+from pipelines.engine import check_engine, say
+from pipelines.estimate import estimate
 from pipelines.lease import Lease
-from pipelines.ledger import Ledger
-from pipelines.manifest import SPLITS, Manifest, Shard
-from pipelines.patches import PairsWorker
+from pipelines.manifest import FORMAT, SPLITS
+from pipelines.patches import TWIN, PairsWorker
+from pipelines.profiles import WorkingSpace
+from pipelines.publication import publish_failure, publish_set
 from pipelines.runs import Summary, new_run_id
-from pipelines.work import Work, forecast, run
+from pipelines.work import BudgetExceeded, Work, forecast, run
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig:
-    """Make LR-HR training pairs from a folder or bucket of images. A rerun does only what is new or changed."""
+    """Make LR-HR training pairs from a folder, bucket or list of images. A rerun does only what is new or changed."""
 
     source: str = field(metadata={"unit": "URI"})
-    """Folder or prefix of images."""
+    """Folder or prefix of images; or a list of them: a .txt file of URIs, or a .parquet file with a column uri."""
     output: str = field(metadata={"unit": "URI"})
-    """Where the pair set is kept: data/*.parquet, manifest.json and the ledger in _diffsr/."""
+    """Where the set is kept: manifest.json, card.html, dead_letters.parquet, data/*.parquet; the ledger in _diffsr/."""
     scale: int = 4
     """HR pixels per LR pixel along one axis; 1 for pairs of one size, with a degradation that does more than resize."""
     degradation: str = "bicubic"
     """Recipe that makes LR: bicubic, bilinear, blur-bicubic, noise, jpeg or real; or JSON of a name and settings."""
     patch: int = field(default=256, metadata={"unit": "PIXELS"})
     """Side of the square HR patches; a multiple of the scale."""
+    crops: Literal["grid", "random"] = "grid"
+    """Where patches are cut: in a grid without overlap, or at random places, which may overlap."""
     max_per_image: int = 64
     """Patches taken from one image at most, chosen by hash."""
     min_deviation: float = 2.0
-    """Patches whose standard deviation (of 255) is below this are dropped as flat."""
+    """Patches none of whose channels has a standard deviation of this (of 255) are dropped as flat."""
+    duplicates: Literal["set", "image", "keep"] = "set"
+    """Near copies are dropped in the whole set, within one image only, or kept."""
+    hash_distance: int = field(default=2, metadata={"unit": "BITS"})
+    """Patches are near copies when at most so many of the 64 bits of their perceptual hashes differ."""
     val_share: float = 0.05
     """Share of the sources that go into the split `val`."""
     test_share: float = 0.05
     """Share of the sources that go into the split `test`."""
-    codec: Literal["webp", "png"] = "webp"
-    """Lossless codec of colour patches (grey ones are PNG)."""
     seed: int = 0
     """Seed of the patch choice and of the degradation."""
+    codec: Literal["webp", "png"] = field(default="webp", metadata={"group": "pixels"})
+    """Lossless codec of 8-bit colour patches (grey is PNG; more bits or bands are npy + zstd)."""
+    working_space: str = field(default="srgb", metadata={"unit": "SPACE"})
+    """Colours are converted to srgb, or to an ICC profile (its URI); native leaves them as they are."""
+    bands: tuple[int, ...] = ()
+    """Bands of rasters to take, counted from 1; all when left out."""
+    value_range: tuple[float, ...] = field(default=(), metadata={"unit": "LOW,HIGH"})
+    """Samples of more than 8 bits that mean black and white; the whole of 16 bits when left out, floats need it."""
     max_megapixels: float = 100.0
-    """Larger images are dead letters, judged by their header before decoding."""
+    """Larger images are dead letters, judged by their header before decoding; TIFF is then read by windows."""
+    max_raster_megapixels: float = 4000.0
+    """The limit of what is read by windows: TIFF, GeoTIFF, JPEG 2000."""
+    lr_source: str | None = field(default=None, metadata={"unit": "URI", "group": "real twins"})
+    """Folder or prefix of real LR twins of the images in source; no LR is made then."""
+    lr_name: str = field(default="{key}", metadata={"unit": "PATTERN"})
+    """Where the twin of an image lies below lr_source: {key}, or made of {folder} {stem} {suffix}, as {stem}x4.png."""
+    max_misalignment: float = field(default=0.5, metadata={"unit": "LR_PIXELS"})
+    """Twins that are further apart are dead letters."""
     unit_megabytes: float = field(default=64.0, metadata={"group": "running"})
     """Source bytes in one unit of work, which becomes one Parquet file."""
+    max_seconds: float = 120.0
+    """Time for one image; one that takes longer is a dead letter."""
     max_dead_share: float = 0.2
     """Error budget: the job fails (exit 3) when more of its inputs, and more than one, are dead letters."""
+    max_gone_share: float = 0.5
+    """Sources that are gone leave the set; more of them than this share, and the job fails: is it the right source?"""
     retry_failed: bool = False
     """Also try dead letters again, once what made them has been mended."""
+    track: bool = True
+    """Log the set to MLflow, as the data set that a training names."""
     engine: Literal["ray", "local"] = "ray"
     """Ray Data actors, or a plain loop in this process."""
     num_workers: int = 1
     """Actors, one CPU each; one more CPU is left to Ray Data."""
+    cpu_hour_price: float = 0.0
+    """Price of a CPU for an hour, for the cost that dry_run tells."""
     dry_run: bool = False
-    """Say what would be done, and stop."""
+    """Say what would be done and what it would take, judged from a few images, and stop."""
 
     def __post_init__(self) -> None:
         check(self.scale >= 1, "scale", self.scale, "must be at least 1", "use 2, 3, 4 or 8")
@@ -68,61 +98,101 @@ class PairsConfig:
             f"must be a multiple of scale ({self.scale})",
             f"use {max(1, self.patch // self.scale) * self.scale}",
         )
-        check(self.max_per_image >= 1, "max_per_image", self.max_per_image, "must be at least 1", "use 1 or more")
         check(0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2^63 - 1", "use 0")
-        check(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1", "use 1 or more")
-        check(self.unit_megabytes > 0, "unit_megabytes", self.unit_megabytes, "must be above 0", "use 64")
-        check(self.max_megapixels > 0, "max_megapixels", self.max_megapixels, "must be above 0", "use 100")
-        check(0 <= self.max_dead_share <= 1, "max_dead_share", self.max_dead_share, "must be from 0 to 1", "use 0.2")
+        check(0 <= self.hash_distance <= 6, "hash_distance", self.hash_distance, "must be from 0 to 6", "use 2")
+        check(self.min_deviation >= 0, "min_deviation", self.min_deviation, "must be at least 0", "use 2")
+        check(self.cpu_hour_price >= 0, "cpu_hour_price", self.cpu_hour_price, "must be at least 0", "use 0.05")
+        for name, usual in (("max_per_image", 64), ("num_workers", 1)):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1", f"use {usual}")
+        for name, default in (("max_megapixels", 100), ("max_raster_megapixels", 4000), ("max_misalignment", 0.5),
+                              ("unit_megabytes", 64), ("max_seconds", 120)):  # fmt: skip
+            check(getattr(self, name) > 0, name, getattr(self, name), "must be above 0", f"use {default}")
+        for name, share in (("max_dead_share", 0.2), ("max_gone_share", 0.5)):
+            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be from 0 to 1", f"use {share}")
         for name in ("val_share", "test_share"):
             value = getattr(self, name)
             check(0 <= value < 1, name, value, "must be from 0 to less than 1", "use 0.05")
         both = self.val_share + self.test_share
         check(both < 1, "val_share + test_share", both, "must be below 1", "leave something to train on")
+        check(all(band >= 1 for band in self.bands), "bands", self.bands, "must be counted from 1", "use 1,2,3")
+        check(len(set(self.bands)) == len(self.bands), "bands", self.bands, "must be named once each", "use 1,2,3")
+        ordered = len(self.value_range) == 2 and self.value_range[0] < self.value_range[-1]
+        check(not self.value_range or ordered, "value_range", self.value_range,
+              "must be two numbers, the lower first", "use 0,10000")  # fmt: skip
+        if self.lr_source is not None:
+            check(self.degradation == "bicubic", "degradation", self.degradation,
+                  "must be left out with lr_source, whose images are the LR", "leave out one of them")  # fmt: skip
+        check(self.lr_name == "{key}" or self.lr_source is not None, "lr_name", self.lr_name, "needs lr_source",
+              "give --lr-source")  # fmt: skip
+        self.corpus()
 
-    def recipe(self) -> dict[str, Any]:
-        """Return the settings that decide the bytes of the set."""
-        running = {"source", "output", "unit_megabytes", "max_dead_share", "retry_failed", "engine", "num_workers"}
-        running.add("dry_run")
-        recipe = {name: value for name, value in to_mapping(self).items() if name not in running}
-        document = json.loads(Degradation.parse(self.degradation, self.scale).to_json())
-        if "settings" in document:  # written out: the defaults of another version are another recipe
-            recipe["degradation"] = json.dumps({name: document[name] for name in ("name", "settings")})
-        return recipe
+    def corpus(self) -> Corpus:
+        """Return where the images come from."""
+        return Corpus(source=self.source, lr_source=self.lr_source or "", lr_name=self.lr_name)
+
+    def space(self) -> WorkingSpace:
+        """Return the working space, its profile read where it has one. Raises ValueError and OSError."""
+        icc = None if self.working_space in ("srgb", "native") else storage.read_bytes(self.working_space)
+        return WorkingSpace.parse(self.working_space, icc)
+
+    def recipe(self, space: WorkingSpace) -> dict[str, Any]:
+        """Return the settings that decide the pairs."""
+        degradation = Degradation.parse(self.degradation, self.scale)
+        document = {"name": degradation.name, "settings": degradation.settings}
+        # Settings are written out: the defaults of another version are another recipe.
+        made_by = TWIN if self.lr_source else json.dumps(document) if degradation.settings else degradation.name
+        return {
+            "format": FORMAT,
+            **{name: getattr(self, name) for name in ("scale", "patch", "crops", "max_per_image", "min_deviation")},
+            **{
+                name: getattr(self, name) for name in ("duplicates", "hash_distance", "val_share", "test_share", "seed")
+            },
+            **{name: getattr(self, name) for name in ("codec", "max_megapixels", "max_raster_megapixels")},
+            "degradation": made_by,
+            "working_space": space.name,
+            "bands": list(self.bands),
+            "value_range": list(self.value_range) or None,
+            "lr_source": self.lr_source is not None,
+            "lr_name": self.lr_name,
+            "max_misalignment": self.max_misalignment,
+        }
 
 
 def make_pairs(config: PairsConfig) -> Summary:
     """Run the job; return its summary. Raises ValueError, LeaseHeld or BudgetExceeded."""
-    recipe = config.recipe()
+    check_engine(config.engine, config.num_workers)
+    space, corpus = config.space(), config.corpus()
+    recipe = config.recipe(space)
+    arguments: dict[str, Any] = {"corpus": asdict(corpus), "output": config.output, "recipe": recipe, "icc": space.icc,
+                 "max_seconds": config.max_seconds}  # fmt: skip
     work = Work(
-        source=config.source,
+        listing=corpus.listing,
         output=config.output,
-        suffixes=SUFFIXES,
         recipe=fingerprint(recipe),
         unit_bytes=int(config.unit_megabytes * 2**20),
         max_dead_share=config.max_dead_share,
         retry_dead=config.retry_failed,
+        sets=True,
+        max_gone_share=config.max_gone_share,
     )
-    _refuse_another_recipe(config.output, recipe)
-    run_id = new_run_id("pairs")
     if config.dry_run:
         ahead = forecast(work)
-        say(f"pairs: {ahead.todo} of {ahead.listed} images would be read, {ahead.todo_bytes / 1e6:.1f} MB")
-        return Summary(job="pairs", run_id=run_id, status="planned", inputs=ahead.todo)
-    with Lease(config.output, run_id=run_id) as lease:
-        outcome = run(
-            work,
-            make=PairsWorker,
-            arguments={"source": config.source, "output": config.output, "recipe": recipe},
-            engine=config.engine,
-            num_workers=config.num_workers,
-            run_id=run_id,
-            lease=lease,
-            label="pairs",
+        found = estimate(ahead.rows, PairsWorker(**arguments), num_workers=config.num_workers,
+                         cpu_hour_price=config.cpu_hour_price)  # fmt: skip
+        say(
+            f"pairs: {ahead.todo} of {ahead.listed} images would be read, {ahead.todo_bytes / 1e6:.1f} MB; {found.text}"
         )
-        manifest = build_manifest(Ledger(config.output), recipe)
-        lease.check()
-        storage.publish(storage.join(config.output, "manifest.json"), manifest.to_bytes())
+        return Summary(job="pairs", run_id="none", status="planned", inputs=ahead.todo, unchanged=ahead.unchanged,
+                       metrics={"source_bytes": float(ahead.todo_bytes), **found.metrics})  # fmt: skip
+    run_id = new_run_id("pairs")
+    with Lease(config.output, run_id=run_id) as lease:
+        try:
+            outcome = run(work, make=PairsWorker, arguments=arguments, engine=config.engine,
+                          num_workers=config.num_workers, run_id=run_id, lease=lease, label="pairs")  # fmt: skip
+        except BudgetExceeded:
+            publish_failure(config.output, recipe)
+            raise
+        manifest = publish_set(config.output, recipe, lease=lease, track=config.track)
     counts = {f"pairs_{split}": float(manifest.num_pairs(split)) for split in SPLITS}
     say(f"pairs: {counts}; manifest {manifest.digest[:12]}")
     return Summary(
@@ -134,51 +204,6 @@ def make_pairs(config: PairsConfig) -> Summary:
         skipped=outcome.skipped,
         dead=outcome.dead,
         unchanged=outcome.unchanged,
-        outputs=[storage.join(config.output, "manifest.json")],
+        outputs=[storage.join(config.output, name) for name in ("manifest.json", "card.html", "dead_letters.parquet")],
         metrics=counts,
     )
-
-
-def _refuse_another_recipe(output: str, recipe: dict[str, Any]) -> None:
-    """Raise ValueError when the output is, or was begun as, a set of other settings."""
-    uri = storage.join(output, "manifest.json")
-    if not storage.exists(uri):
-        if set(Ledger(output).latest()["recipe"].to_pylist()) - {fingerprint(recipe)}:
-            raise ValueError(
-                f"output ({output}) was begun with another recipe and not finished: choose another --output"
-            )
-        return
-    found = json.loads(storage.read_bytes(uri))["recipe"]
-    differing = sorted(name for name in recipe.keys() | found.keys() if recipe.get(name) != found.get(name))
-    if differing:
-        was = ", ".join(f"{name}={found.get(name)}" for name in differing)
-        raise ValueError(f"output ({output}) must be a set of the same recipe; it has {was}: choose another --output")
-
-
-def build_manifest(ledger: Ledger, recipe: dict[str, Any]) -> Manifest:
-    """Return the manifest of what the ledger says is there now.
-
-    A source counts in the shard of its latest receipt; in the shards of its earlier ones it is dropped. A shard that
-    was made again is described by its latest receipts.
-    """
-    ours = fingerprint(recipe)
-    rows = [row for row in ledger.rows().to_pylist() if row["status"] == "done" and row["recipe"] == ours]
-    latest = {row["key"]: row for row in ledger.latest().to_pylist()}
-    made = {row["out_key"]: row for row in rows}
-    splits = {name: dict.fromkeys(SPLITS, 0) for name in made}
-    dropped: dict[str, set[str]] = {name: set() for name in made}
-    for row in rows:
-        current = latest[row["key"]]
-        if current["status"] != "done" or current["out_key"] != row["out_key"]:
-            dropped[row["out_key"]].add(row["key"])
-        elif current["order"] == row["order"]:
-            for name, value in row["metrics"]:
-                split = name.removeprefix("pairs_")
-                if split in SPLITS:
-                    splits[row["out_key"]][split] += int(value)
-    shards = [
-        Shard(name=name, bytes=row["out_bytes"], sha256=row["out_sha256"], splits=splits[name],
-              dropped_sources=sorted(dropped[name]))
-        for name, row in made.items()
-    ]  # fmt: skip
-    return Manifest(recipe=recipe, shards=[shard for shard in shards if sum(shard.splits.values())])

@@ -1,150 +1,263 @@
-"""One unit of the pairs job: sources in, one Parquet file of LR-HR patches out, a receipt per source."""
+"""One unit of the pairs job: sources in, one Parquet shard of LR-HR patches out, a receipt per source.
 
-import hashlib
+A patch is dropped where it says nothing or what another one says: some of it is not valid (transparent, no data),
+it is flat, or it is a near copy of another patch of its own image. Copies between images are dropped when the set is
+committed, in the manifest: a unit then depends on no other, and a copy counts again when its original goes.
+"""
+
+import json
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
 from hashlib import blake2b
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
+import torch
 
-from diffsr_core.degradation import Degradation, crop_to_multiple
+from diffsr_core.degradation import Degradation
 from pipelines import storage
-from pipelines.blobs import encode_blob
+from pipelines.blobs import codec_of, encode_blob
 from pipelines.config import fingerprint
+from pipelines.corpus import Corpus, Original
+from pipelines.deadline import time_limit
+from pipelines.duplicates import near_duplicates, perceptual_hash
 from pipelines.engine import Enter
-from pipelines.images import Refused, decode, jpeg_codec
+from pipelines.images import Refused, jpeg_codec
 from pipelines.ledger import Receipt
-from pipelines.manifest import PAIR_SCHEMA
-from pipelines.work import read_source
+from pipelines.profiles import WorkingSpace
+from pipelines.scenes import Scene, SceneSettings, open_scene
+from pipelines.shards import ShardWriter
+from pipelines.statistics import measure
+from pipelines.twins import check_transforms, check_twins, twin_window
 
-ROW_GROUP_BYTES = 16 * 2**20
+TWIN = "twin"  # the degradation of pairs whose LR is a source of its own
 
 
 class PairsWorker:
-    """Unit -> one Parquet file and a receipt per source."""
+    """Unit -> one Parquet shard and a receipt per source. Plain arguments; icc: the profile of the working space."""
 
-    def __init__(self, *, source: str, output: str, recipe: dict[str, Any]) -> None:
-        self.source, self.output, self.recipe = source, output, recipe
+    def __init__(
+        self,
+        *,
+        corpus: dict[str, str],
+        output: str,
+        recipe: dict[str, Any],
+        icc: bytes | None = None,
+        max_seconds: float = 120.0,
+    ) -> None:
+        torch.set_num_threads(1)  # one worker, one CPU: patches are small, and workers are the parallelism
+        self.corpus, self.output, self.recipe, self.max_seconds = Corpus(**corpus), output, recipe, max_seconds
         self.fingerprint = fingerprint(recipe)
-        self.degradation = Degradation.parse(recipe["degradation"], recipe["scale"])
+        self.twins = bool(self.corpus.lr_source)
+        self.degradation = None if self.twins else Degradation.parse(recipe["degradation"], recipe["scale"])
+        self.settings = SceneSettings(
+            max_pixels=int(recipe["max_megapixels"] * 1e6),
+            max_raster_pixels=int(recipe["max_raster_megapixels"] * 1e6),
+            space=WorkingSpace.parse(recipe["working_space"], icc),
+            bands=tuple(recipe["bands"]),
+        )
 
     def __call__(self, rows: list[dict[str, Any]], enter: Enter) -> list[Receipt]:
-        unit_id = rows[0]["unit_id"]
-        pairs: list[dict[str, Any]] = []
+        name = f"data/{rows[0]['unit_id']}.parquet"
         receipts: list[dict[str, Any]] = []
-        for row in rows:
-            started = time.time()
-            receipt: dict[str, Any] = {
-                **row,
-                "recipe": self.fingerprint,
-                "status": "done",
-                "started": started,
-            }
-            try:
-                enter(row["key"])
-                made, dropped = self.pairs_of(row)
-                pairs += made
-                counts = Counter(f"pairs_{pair['split']}" for pair in made)
-                receipt["metrics"] = {**counts, **dropped}
-                if not made:
-                    receipt.update(
-                        status="skipped", stage="crop", reason="no_patch", message=f"no patch left: {dropped}"
-                    )
-            except Refused as refused:
-                receipt.update(status="dead", stage=refused.stage, reason=refused.reason, message=refused.message)
-            receipts.append({**receipt, "seconds": time.time() - started})
-        if pairs:
-            name = f"data/{unit_id}.parquet"
-            sha256, size = self._publish(name, pairs)
-            for receipt in receipts:
-                if receipt["status"] == "done":
-                    receipt.update(out_key=name, out_sha256=sha256, out_bytes=size)
+        with ShardWriter(self.recipe) as shard:
+            for row, original in self.corpus.fetch_all(rows):
+                receipts.append(self._source(row, original, shard, enter))
+            if shard.num_rows:
+                published = shard.publish(storage.join(self.output, name))
+                for receipt in receipts:
+                    if receipt["status"] == "done":
+                        receipt.update(out_key=name, out_sha256=published.sha256, out_bytes=published.bytes)
         return [Receipt(**receipt) for receipt in receipts]
 
-    def pairs_of(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        """Return (rows of PAIR_SCHEMA, counts of dropped patches by reason) for one source. Raises Refused."""
-        key, etag = row["key"], row["etag"]
-        data = read_source(self.source, row)
-        picture = decode(data, max_pixels=int(self.recipe["max_megapixels"] * 1e6))
-        digest = storage.digest_bytes(data)
-        split = split_of(digest, val_share=self.recipe["val_share"], test_share=self.recipe["test_share"])
-        side = self.recipe["patch"]
-        height, width = picture.pixels.shape[:2]
-        corners = [(y, x) for y in range(0, height - side + 1, side) for x in range(0, width - side + 1, side)]
-        corners.sort(key=lambda c: blake2b(f"{self.recipe['seed']} {digest} {c[0]} {c[1]}".encode()).digest())
+    def _source(
+        self, row: dict[str, Any], original: Original | Refused, shard: ShardWriter, enter: Enter
+    ) -> dict[str, Any]:
+        started = time.time()
+        receipt: dict[str, Any] = {**row, "recipe": self.fingerprint, "status": "done", "started": started}
+        try:
+            enter(row["key"])
+            if isinstance(original, Refused):
+                raise original
+            with time_limit(self.max_seconds):
+                made, measured = self.pairs_of(row, original)
+            shard.add(made)
+            receipt["metrics"] = {**Counter(f"pairs_{pair['split']}" for pair in made), **measured}
+            if not made:
+                why = "too_small" if "dropped_too_small" in measured else "no_patch"
+                dropped = {name: count for name, count in measured.items() if name.startswith("dropped_")}
+                receipt.update(status="skipped", stage="crop", reason=why, message=f"no patch is left: {dropped}")
+        except Refused as refused:
+            receipt.update(status="dead", stage=refused.stage, reason=refused.reason, message=refused.message)
+        except MemoryError as error:
+            receipt.update(status="dead", stage="decode", reason="oom", message=f"MemoryError: {error}"[:300])
+        return {**receipt, "seconds": time.time() - started}
+
+    def pairs_of(self, row: dict[str, Any], original: Original) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Return (rows of PAIR_SCHEMA, measures of the source: megapixels and patches dropped by reason).
+
+        Raises Refused.
+        """
+        with ExitStack() as stack:
+            scene = stack.enter_context(open_scene(original, settings=self.settings))
+            measured: dict[str, float] = {"megapixels": scene.height * scene.width / 1e6}
+            twin = None
+            if self.twins:
+                twin = stack.enter_context(
+                    open_scene(stack.enter_context(self.corpus.fetch_twin(row)), settings=self.settings)
+                )
+                measured["misalignment_px"] = self._check_twin(scene, twin)
+            made, dropped = self._patches(row, original, scene, twin)
+        return made, {**measured, **dropped}
+
+    def _patches(
+        self, row: dict[str, Any], original: Original, scene: Scene, twin: Scene | None
+    ) -> tuple[list[dict[str, Any]], Counter[str]]:
+        """Return the pairs of one source in reading order, and how many patches were dropped, by reason."""
+        value_range = self._value_range(scene)
+        if twin is not None:
+            self._value_range(twin)  # raises where a reader would not know how to show it
+        source = {
+            "source_key": row["key"],
+            "source_etag": row["etag"],
+            "split": split_of(
+                original.digest, val_share=self.recipe["val_share"], test_share=self.recipe["test_share"]
+            ),
+            "source_format": scene.format,
+            "source_profile": scene.profile,
+        }
         dropped: Counter[str] = Counter()
         made: list[dict[str, Any]] = []
-        for y, x in corners:
+        for y, x in self._corners(scene, original.digest):
             if len(made) == self.recipe["max_per_image"]:
                 dropped["dropped_over_limit"] += 1
                 continue
-            hr = np.ascontiguousarray(picture.pixels[y : y + side, x : x + side])
-            if float(hr.std()) < self.recipe["min_deviation"]:
+            side = self.recipe["patch"]
+            hr, valid = scene.window(y, x, side, side)
+            lr, usable = None, valid is None or bool(valid.all())
+            if twin is not None:
+                s = self.recipe["scale"]
+                lr, lr_valid = twin.window(y // s, x // s, side // s, side // s)
+                usable = all(mask is None or mask.all() for mask in (valid, lr_valid))
+            if not usable:
+                dropped["dropped_invalid"] += 1
+                continue
+            measures = measure(hr, value_range=value_range)
+            if max(measures["deviation"]) < self.recipe["min_deviation"]:
                 dropped["dropped_flat"] += 1
                 continue
-            made.append(self._pair(key, etag, digest, split, y, x, hr))
-        made.sort(key=lambda pair: (pair["crop"]["y"], pair["crop"]["x"]))
-        if not corners:
+            pair = self._pair(row["key"], original.digest, y, x, hr, lr, value_range=value_range)
+            if scene.kept and (scene.height, scene.width) == (side, side):  # no pixel changed: nor do the bytes
+                pair |= {"hr": original.read(), "hr_codec": scene.format.lower()}
+            made.append({**source, **measures, **pair})
+        if not made and not dropped:
             dropped["dropped_too_small"] += 1
-        return made, dict(dropped)
+        made.sort(key=lambda pair: (pair["crop"]["y"], pair["crop"]["x"]))
+        unique = self._without_copies(made)
+        if len(unique) < len(made):
+            dropped["dropped_duplicate"] += len(made) - len(unique)
+        return unique, dropped
 
-    def _pair(self, key: str, etag: str, digest: str, split: str, y: int, x: int, hr: np.ndarray) -> dict[str, Any]:
-        seed = int.from_bytes(blake2b(f"{self.recipe['seed']} {digest} {y} {x}".encode(), digest_size=7).digest())
-        lr = self.degradation.apply(crop_to_multiple(hr, self.degradation.scale), seed=seed, jpeg=jpeg_codec)
-        hr_blob, lr_blob = encode_blob(hr, self.recipe["codec"]), encode_blob(lr, self.recipe["codec"])
-        codec = "png" if hr.shape[2] == 1 else self.recipe["codec"]
+    def _corners(self, scene: Scene, digest: str) -> Iterator[tuple[int, int]]:
+        """Yield the corners of candidate patches in an order that is a function of the seed and the content."""
+        side, scale, seed = self.recipe["patch"], self.recipe["scale"], self.recipe["seed"]
+        height, width = scene.height - side, scene.width - side
+        if height < 0 or width < 0:
+            return
+        if self.recipe["crops"] == "grid":
+            cells = [(y, x) for y in range(0, height + 1, side) for x in range(0, width + 1, side)]
+            yield from sorted(cells, key=lambda c: _hash(f"{seed} {digest} {c[0]} {c[1]}"))
+            return
+        # Twice as many as are wanted: flat ones are replaced, and an image of nothing but sky comes to an end.
+        places = ((height // scale + 1), (width // scale + 1))
+        drawn = (_hash(f"{seed} {digest} random {index}") for index in range(2 * self.recipe["max_per_image"]))
+        corners = (
+            (int.from_bytes(h[:8]) % places[0] * scale, int.from_bytes(h[8:16]) % places[1] * scale) for h in drawn
+        )
+        yield from dict.fromkeys(corners)
+
+    def _pair(
+        self,
+        key: str,
+        digest: str,
+        y: int,
+        x: int,
+        hr: np.ndarray,
+        lr: np.ndarray | None,
+        *,
+        value_range: tuple[float, float],
+    ) -> dict[str, Any]:
+        """Return the columns of one pair that its pixels decide; lr: of a twin, None where the recipe makes it."""
+        recipe, seed = {"name": TWIN, "scale": self.recipe["scale"]}, 0
+        degradation = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
+        if self.degradation is not None:
+            degradation = self.degradation.to_json()
+            seed = int.from_bytes(_hash(f"{self.recipe['seed']} {digest} {y} {x}")[:7])
+            try:
+                lr = self.degradation.apply(hr, seed=seed, jpeg=jpeg_codec)
+            except ValueError as error:  # the recipe was checked: these pixels are not for it
+                raise Refused("degrade", "unsupported_mode", str(error)) from error
+        assert lr is not None
+        codec = self.recipe["codec"]
         return {
-            "pair_id": blake2b(f"{self.fingerprint} {digest} {y} {x}".encode(), digest_size=16).hexdigest(),
-            "source_key": key,
-            "source_etag": etag,
+            "pair_id": _hash(f"{self.fingerprint} {key} {digest} {y} {x}").hex()[:32],
             "crop": {"y": y, "x": x, "h": hr.shape[0], "w": hr.shape[1]},
-            "hr": hr_blob,
-            "lr": lr_blob,
-            "hr_codec": codec,
-            "lr_codec": codec,
+            "hr": encode_blob(hr, codec),
+            "lr": encode_blob(lr, codec),
+            "hr_codec": codec_of(hr, codec),
+            "lr_codec": codec_of(lr, codec),
             "hr_h": hr.shape[0],
             "hr_w": hr.shape[1],
             "lr_h": lr.shape[0],
             "lr_w": lr.shape[1],
-            "scale": self.degradation.scale,
-            "degradation": self.degradation.to_json(),
+            "scale": self.recipe["scale"],
+            "degradation": degradation,
             "degradation_seed": seed,
-            "split": split,
             "hr_sha256": storage.digest_bytes(hr.tobytes()),
-            "phash": difference_hash(hr),
+            "phash": perceptual_hash(hr, value_range=value_range),
+            "hr_dtype": hr.dtype.name,
+            "hr_channels": hr.shape[2],
         }
 
-    def _publish(self, name: str, pairs: list[dict[str, Any]]) -> tuple[str, int]:
-        """Write the shard atomically; return (sha256, bytes). Same rows, same bytes."""
-        mean = sum(len(pair["hr"]) + len(pair["lr"]) for pair in pairs) / len(pairs)
-        scalars = [n for n in PAIR_SCHEMA.names if n not in ("hr", "lr", "crop")]
-        table = pa.Table.from_pylist(pairs, schema=PAIR_SCHEMA)
-        with TemporaryDirectory(prefix="diffsr-") as folder:
-            path = Path(folder) / "shard.parquet"
-            pq.write_table(
-                table,
-                path,
-                row_group_size=max(1, math.floor(ROW_GROUP_BYTES / mean)),
-                compression={column: "NONE" if column in ("hr", "lr") else "ZSTD" for column in _leaves()},
-                write_statistics=scalars,
-                use_dictionary=["source_key", "source_etag", "hr_codec", "lr_codec", "degradation", "split"],
-                write_page_checksum=True,
-            )
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            storage.publish_file(storage.join(self.output, name), path)
-            return sha256, path.stat().st_size
+    def _without_copies(self, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the pairs without near copies of an earlier one of the same image; no hash is nobody's copy."""
+        if self.recipe["duplicates"] == "keep" or not made:
+            return made
+        hashed = [pair for pair in made if pair["phash"] is not None]
+        hashes = np.array([pair["phash"] for pair in hashed], np.int64)
+        copies = near_duplicates(hashes, self.recipe["hash_distance"]) >= 0
+        dropped = {pair["pair_id"] for pair, copy in zip(hashed, copies, strict=True) if copy}
+        return [pair for pair in made if pair["pair_id"] not in dropped]
 
+    def _value_range(self, scene: Scene) -> tuple[float, float]:
+        """Return the samples that mean black and white. Raises Refused for floats of which nobody has said it."""
+        if scene.dtype == np.uint8:
+            return (0.0, 255.0)
+        if self.recipe["value_range"] is not None:
+            low, high = self.recipe["value_range"]
+            return (low, high)
+        if scene.dtype == np.uint16:
+            return (0.0, 65535.0)
+        raise Refused("decode", "no_value_range", f"{scene.dtype} samples; say what is black and white: --value-range")
 
-def _leaves() -> list[str]:
-    return [name for name in PAIR_SCHEMA.names if name != "crop"] + [f"crop.{name}" for name in "yxhw"]
+    def _check_twin(self, scene: Scene, twin: Scene) -> float:
+        """Return how far the twins are apart, in LR px: by their pixels, and by their grids where both have one.
+
+        Raises Refused where they are no pair.
+        """
+        scale, most = self.recipe["scale"], self.recipe["max_misalignment"]
+        y, x, height, width = twin_window((scene.height, scene.width), (twin.height, twin.width), scale=scale)
+        grids = (0.0, 0.0)
+        if scene.transform is not None and twin.transform is not None:
+            size = (twin.height, twin.width)
+            grids = check_transforms(scene.transform, twin.transform, scale=scale, lr_size=size, max_shift=most)
+        hr, hr_valid = scene.window(y * scale, x * scale, height * scale, width * scale)
+        lr, lr_valid = twin.window(y, x, height, width)
+        found = check_twins(hr, lr, scale=scale, max_shift=most, hr_valid=hr_valid, lr_valid=lr_valid)
+        return max(math.hypot(*grids), math.hypot(found.dy, found.dx))
 
 
 def split_of(digest: str, *, val_share: float, test_share: float) -> str:
@@ -155,8 +268,5 @@ def split_of(digest: str, *, val_share: float, test_share: float) -> str:
     return "test" if position < val_share + test_share else "train"
 
 
-def difference_hash(pixels: np.ndarray) -> int:
-    """Return the 64-bit dHash of uint8 (H, W, C) as a signed integer: signs of the steps along 8 rows of 9 means."""
-    grey = Image.fromarray(np.round(pixels.mean(axis=2)).astype(np.uint8)).resize((9, 8), Image.Resampling.BOX)
-    bits = np.diff(np.asarray(grey, dtype=np.int16), axis=1) > 0
-    return int.from_bytes(np.packbits(bits).tobytes(), "big", signed=True)
+def _hash(text: str) -> bytes:
+    return blake2b(text.encode()).digest()

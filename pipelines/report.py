@@ -61,7 +61,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "png": _data_uri, "name": _visible}
+    environment.filters |= {"number": _number, "png": data_uri, "name": visible}
     names = [name for name in METRIC_LABELS if any(f"{method}_{name}" in metrics for method in methods)]
     return environment.get_template("report.html").render(
         title=title,
@@ -119,11 +119,11 @@ def _number(value: float | None, name: str) -> str:
     return f"{value:.{4 if name.startswith('ssim') else 2}f}"
 
 
-def _data_uri(data: bytes) -> str:
+def data_uri(data: bytes) -> str:
     return "data:image/png;base64," + b64encode(data).decode()
 
 
-def _visible(text: object) -> str:
+def visible(text: object) -> str:
     """Return the text with what cannot be seen (newlines, controls, bidi overrides, lone surrogates) as an escape.
 
     A name can then neither forge another nor leave text that UTF-8 cannot hold.

@@ -19,13 +19,13 @@ from diffsr_core.metrics import lr_psnr, psnr, rgb_to_y, ssim
 from diffsr_core.upscaler import SamplingRecipe, Upscaler, bicubic
 from pipelines import storage
 from pipelines.blobs import decode_blob, encode_blob
+from pipelines.corpus import read_source
 from pipelines.engine import check_engine, map_actors, progress
 from pipelines.images import SUFFIXES, Refused, decode, jpeg_codec
-from pipelines.manifest import load_manifest
+from pipelines.manifest import load_manifest, manifest_uri
 from pipelines.models import ResolvedModel, load_files, publish_model
 from pipelines.pictures import check_channels
 from pipelines.reader import iter_pairs, read_pair
-from pipelines.work import read_source
 
 BASELINES = ("bicubic", "regression")
 METRICS = ("psnr", "ssim", "psnr_y", "ssim_y", "lr_psnr")
@@ -60,7 +60,7 @@ class Dataset:
 
 def open_dataset(source: str, *, split: str, degradation: str, scale: int, limit: int | None = None) -> Dataset:
     """Return the data set; raises ValueError when it is empty or does not fit the model's scale."""
-    if storage.exists(storage.join(source, "manifest.json")):
+    if storage.exists(manifest_uri(source)):
         manifest = load_manifest(source)
         found = manifest.recipe["scale"]
         if found != scale:

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ Uri = str | os.PathLike[str]
 OWN_FOLDER = "_diffsr"
 _TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(re.escape(_TEMPORARY) + "[0-9a-f]{16}")
+_BUCKET = re.compile(r"[A-Za-z0-9.\-_]{1,255}(/|$)|arn:")
 _CHUNK_BYTES = 1 << 20
+_BLOCK_BYTES = 4 << 20  # of one request to an object store
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,10 @@ class StoredObject:
 
 
 def open_filesystem(uri: Uri) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of `uri` and the path in it, without a trailing slash. Raises ValueError if empty."""
+    """Return the file system of `uri` and the path in it, without a trailing slash.
+
+    Raises ValueError for an empty URI or a name that the store cannot have, ImportError without a package for its kind.
+    """
     text = os.fspath(uri)
     if not text:
         raise ValueError("uri='': must name a folder or an object; for the current folder write '.'")
@@ -50,6 +56,8 @@ def open_filesystem(uri: Uri) -> tuple[fsspec.AbstractFileSystem, str]:
         return fsspec.filesystem("file"), os.path.abspath(text.removeprefix("file://"))
     options: dict[str, Any] = {"use_listings_cache": False}
     if protocol in ("s3", "s3a"):
+        if not _BUCKET.match(path):  # botocore would raise an error of its own kind
+            raise ValueError(f"uri={text!r}: must name a bucket, of letters, digits and .-_; correct it")
         if "?versionId=" in path:
             raise ValueError(f"uri={text!r}: s3fs reads '?versionId=' as a version, not as a name; rename the object")
         # Part of fsspec's instance key: without it a process that changes the endpoint would keep the old one.
@@ -102,10 +110,16 @@ def read_bytes(uri: Uri) -> bytes:
     return Path(path).read_bytes() if isinstance(filesystem, LocalFileSystem) else filesystem.cat_file(path)
 
 
-def open_file(uri: Uri) -> IO[bytes]:
-    """Return an object opened for reading at any place of it. Raises FileNotFoundError."""
+def open_file(uri: Uri, *, block_bytes: int = 5 * 2**20) -> IO[bytes]:
+    """Return an object opened for reading at any place of it. Raises FileNotFoundError.
+
+    block_bytes: what a store is asked for at a time; small for a few small reads, far apart.
+    """
     filesystem, path = open_filesystem(uri)
-    return open(path, "rb") if isinstance(filesystem, LocalFileSystem) else filesystem.open(path, "rb")
+    if isinstance(filesystem, LocalFileSystem):
+        return open(path, "rb")
+    file: IO[bytes] = filesystem.open(path, "rb", block_size=block_bytes)
+    return file
 
 
 def size(uri: Uri) -> int | None:
@@ -188,16 +202,40 @@ class Changed(OSError):
 
 def read_listed(uri: Uri, etag: str) -> bytes:
     """Return the content of an object that was listed with `etag`. Raises Changed, FileNotFoundError or OSError."""
-    filesystem, path = open_filesystem(uri)
-    if isinstance(filesystem, LocalFileSystem):
-        data = Path(path).read_bytes()
-        found = content_etag(data)
-    else:
-        found = str(filesystem.info(path).get("ETag", etag)).strip('"')
-        data = filesystem.cat_file(path)
-    if found != etag:
+    return b"".join(stream_listed(uri, etag))
+
+
+def stream_listed(uri: Uri, etag: str | None) -> Iterator[bytes]:
+    """Yield the content in pieces of 1 MiB; None: whatever its etag is now. Raises Changed, FileNotFoundError, OSError.
+
+    Changed is raised before the first piece where the store names an etag (what follows is then of that etag), after
+    the last one where only the content tells: what was yielded counts when the iterator has ended.
+    """
+    file, found, digest = _open_stream(uri)
+    with file:
+        if found is None or etag is None or found == etag:
+            while piece := file.read(_CHUNK_BYTES):
+                digest.update(piece)
+                yield piece
+            found = found or digest.hexdigest()
+    if etag is not None and found != etag:
         raise Changed(f"{os.fspath(uri)} was listed with etag {etag} and has {found} now")
-    return data
+
+
+def look_up(uri: Uri) -> StoredObject:
+    """Return one object as a listing would, its key the URI; etag "unreadable" and size 0 where it cannot be read."""
+    try:
+        file, etag, digest = _open_stream(uri)
+        with file:
+            if etag is not None:
+                return StoredObject(os.fspath(uri), etag, int(file.details["size"]))  # type: ignore[attr-defined]
+            length = 0
+            while piece := file.read(_CHUNK_BYTES):
+                digest.update(piece)
+                length += len(piece)
+        return StoredObject(os.fspath(uri), digest.hexdigest(), length)
+    except (OSError, ValueError, ImportError):  # gone, a folder, a bad name, no package for its protocol
+        return StoredObject(os.fspath(uri), "unreadable", 0)
 
 
 def content_etag(data: bytes) -> str:
@@ -304,18 +342,31 @@ def _list_local(root: str, wanted: tuple[str, ...]) -> Iterator[StoredObject]:
 
 def _local_object(key: str, path: str) -> Iterator[StoredObject]:
     """Yield a file with the hash of its content, nothing if it has just gone. What cannot be read, a worker reports."""
-    digest, length = hashlib.blake2b(digest_size=16), 0
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                length += len(chunk)
-        etag = digest.hexdigest()
-    except FileNotFoundError:
-        return
-    except OSError:
-        etag = "unreadable"
-    yield StoredObject(key, etag, length)
+    found = look_up(path)
+    if found.etag != "unreadable" or os.path.lexists(path):
+        yield StoredObject(key, found.etag, found.size)
+
+
+def _open_stream(uri: Uri) -> tuple[IO[bytes], str | None, Any]:
+    """Return an object opened for one reading, the etag that its store names (None: its content tells), and the hash
+    that is the etag of such a content. Reads after the first are of the same etag (S3: If-Match)."""
+    filesystem, path = open_filesystem(uri)
+    if isinstance(filesystem, LocalFileSystem):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block for ever, /dev/zero never end
+            raise OSError(errno.EINVAL, "is no regular file", path)
+        return open(path, "rb"), None, hashlib.blake2b(digest_size=16)
+    if "memory" in filesystem.protocol:  # its files are shared, their position too
+        return io.BytesIO(filesystem.cat_file(path)), None, hashlib.sha256()
+    file = filesystem.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead")
+    if file.details["type"] != "file":
+        raise IsADirectoryError(errno.EISDIR, "is a folder", path)
+    return file, _named_etag(file.details), hashlib.sha256()
+
+
+def _named_etag(info: dict[str, Any]) -> str | None:
+    """Return the etag in what a store says of an object, None where it names none."""
+    etag = info.get("ETag") or info.get("etag")
+    return str(etag).strip('"') if etag else None
 
 
 def _list_s3(filesystem: Any, root: str, wanted: tuple[str, ...]) -> Iterator[StoredObject] | None:
@@ -353,5 +404,5 @@ def _list_other(filesystem: Any, root: str, wanted: tuple[str, ...]) -> Iterator
             key = path[len(root.rstrip("/")) + 1 :]
             if _is_wanted(key, wanted):
                 info = files[name]
-                etag = info.get("ETag") or info.get("etag") or digest_bytes(filesystem.cat_file(path))
-                yield StoredObject(key, etag.strip('"'), int(info["size"]))
+                etag = _named_etag(info) or digest_bytes(filesystem.cat_file(path))
+                yield StoredObject(key, etag, int(info["size"]))

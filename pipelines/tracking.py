@@ -20,11 +20,12 @@ from diffsr_core import checkpoint
 from pipelines import storage
 from pipelines.blobs import decode_blob
 from pipelines.engine import say
-from pipelines.manifest import Manifest
+from pipelines.manifest import Manifest, pinned_uri
 
 CHAMPION, PREVIOUS = "champion", "previous_champion"
 ROLLED_BACK = "diffsr.rolled_back"  # tag of a version that was champion and was rolled back from
 EXPERIMENT = "diffsr"
+PAIRS_DIGEST = "diffsr.pairs_digest"  # tag of the run that made a pair set: the whole digest of its manifest
 
 
 def connect() -> mlflow.MlflowClient:
@@ -75,9 +76,59 @@ def _dataset(uri: str, name: str, digest: str) -> MetaDataset:
     return MetaDataset(source=source, name=name, digest=digest[:32])  # type: ignore[abstract]
 
 
+def pairs_dataset(pairs: str, manifest: Manifest) -> MetaDataset:
+    """Return the data set that stands for exactly these pairs, in the run that made them and in those that read them.
+
+    Its source is the manifest of that name, which a growing set does not replace.
+    """
+    return _dataset(pinned_uri(storage.absolute(pairs), manifest), "pairs", manifest.digest)
+
+
 def log_pairs(pairs: str, manifest: Manifest, *, context: str) -> None:
     """Tie the current run to exactly this pair set."""
-    mlflow.log_input(_dataset(pairs, "pairs", manifest.digest), context=context)
+    mlflow.log_input(pairs_dataset(pairs, manifest), context=context)
+
+
+def find_set_run(client: mlflow.MlflowClient, digest: str) -> str | None:
+    """Return the id of the finished run that logged the pair set of this digest, or None."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return None
+    wanted = f"tags.`{PAIRS_DIGEST}` = '{digest}' and attributes.status = 'FINISHED'"
+    found = client.search_runs(
+        [experiment.experiment_id], wanted, order_by=["attributes.start_time ASC"], max_results=1
+    )
+    return str(found[0].info.run_id) if found else None
+
+
+def log_set(
+    pairs: str,
+    manifest: Manifest,
+    *,
+    metrics: Mapping[str, float],
+    artifacts: list[str],
+    params: Mapping[str, Any],
+) -> str:
+    """Log a pair set as a run of its own, once, and return the run's id. artifacts: URIs of files, such as the card.
+
+    What was logged for this digest before stays as it is.
+    """
+    if (known := find_set_run(mlflow.MlflowClient(), manifest.digest)) is not None:
+        return known
+    with run("pairs", params=params) as run_id:
+        mlflow.set_tag(PAIRS_DIGEST, manifest.digest)
+        log_pairs(pairs, manifest, context="pairs")
+        mlflow.log_metrics(dict(metrics))
+        _log_files(artifacts)
+    return run_id
+
+
+def _log_files(uris: list[str]) -> None:
+    with tempfile.TemporaryDirectory(prefix="diffsr-") as folder:
+        for uri in uris:
+            path = Path(folder) / Path(uri).name
+            path.write_bytes(storage.read_bytes(uri))
+            mlflow.log_artifact(str(path))
 
 
 def log_model(files: Mapping[str, bytes], *, example: bytes) -> str:
@@ -188,11 +239,7 @@ def log_evaluation(metrics: Mapping[str, float], *, digest: str, source: str, ar
     """Log scores, the data set's digest and the files of an evaluation to the current run."""
     mlflow.log_metrics(dict(metrics))
     mlflow.log_input(_dataset(source, "evaluation", digest), context="evaluation")
-    with tempfile.TemporaryDirectory(prefix="diffsr-") as folder:
-        for uri in artifacts:
-            path = Path(folder) / Path(uri).name
-            path.write_bytes(storage.read_bytes(uri))
-            mlflow.log_artifact(str(path))
+    _log_files(artifacts)
 
 
 def newest_version(client: mlflow.MlflowClient, name: str) -> int:

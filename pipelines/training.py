@@ -6,6 +6,8 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from diffsr_core import presets
 from diffsr_core.degradation import Degradation
 from diffsr_core.training import DivergedError, TrainingRecipe
@@ -16,7 +18,7 @@ from pipelines.config import check, fingerprint
 from pipelines.engine import cluster, say
 from pipelines.lease import Lease
 from pipelines.loop import LoopConfig, Pump, ray_loop, train_loop
-from pipelines.manifest import Manifest, load_manifest
+from pipelines.manifest import Manifest, load_manifest, pinned_uri
 from pipelines.models import MODEL_FILES, publish_files
 from pipelines.reader import PairReader
 from pipelines.runs import Summary, TrainingFailed, new_run_id
@@ -123,6 +125,7 @@ def train(config: TrainConfig) -> Summary:
     each name, also later by the same command with --register.
     """
     manifest, recipe = load_manifest(config.pairs), config.recipe()
+    config = replace(config, pairs=pinned_uri(config.pairs, manifest))  # a set that grows meanwhile changes nothing
     _check_pairs(config, manifest)
     identity = fingerprint({"preset": config.preset, "recipe": asdict(recipe), "data": manifest.digest})
     if config.dry_run:
@@ -156,8 +159,8 @@ def _read_run(output: str, identity: str) -> dict[str, Any]:
     run: dict[str, Any] = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
     if run and run["identity"] != identity:
         raise ValueError(
-            f"output ({output}) must belong to the same preset, settings and pairs; it is another run's: "
-            "choose another --output"
+            f"output ({output}) must belong to the same preset, settings and pairs; it is another run's: choose "
+            "another --output, or, where the set has grown, the one it began with: --pairs SET/manifests/DIGEST.json"
         )
     return run
 
@@ -195,7 +198,7 @@ def _train(config: TrainConfig, manifest: Manifest, lease: Lease, run: dict[str,
         # A run that was killed before its summary may have logged and registered this very model already.
         known = None if config.register is None else tracking.find_version(client, config.register, run_id=run_id)
         if known is None:
-            example = encode_blob(PairReader(config.pairs, manifest, "train", seed=0).pair(0)[1], "png")
+            example = _example(config, manifest)
             logged = tracking.log_model(files, example=example)
         else:
             logged = str(known.source)
@@ -237,6 +240,13 @@ def _register(config: TrainConfig, lease: Lease, run: dict[str, Any]) -> bool:
     return True
 
 
+def _example(config: TrainConfig, manifest: Manifest) -> bytes:
+    """Return an LR image of the set as the logged model takes it: a file of 8 bits."""
+    channels = presets.get(config.preset).model.encoder.lr_channels
+    _, lr = PairReader(config.pairs, manifest, "train", seed=0).batch(range(1), channels=channels)
+    return encode_blob(np.clip(np.round(lr[0]), 0, 255).astype(np.uint8), "png")
+
+
 def _check_pairs(config: TrainConfig, manifest: Manifest) -> None:
     model = presets.get(config.preset).model
     scale, patch = manifest.recipe["scale"], manifest.recipe["patch"]
@@ -250,7 +260,8 @@ def _check_pairs(config: TrainConfig, manifest: Manifest) -> None:
     stride, least = model.lr_stride * scale, model.lr_smallest * scale
     check(patch % stride == 0 and patch >= least, "pairs patch", patch,
           f"must be a multiple of {stride}, {least} at least, for {config.preset}", "make other pairs")  # fmt: skip
-    made = Degradation.parse(manifest.recipe["degradation"], scale).name
+    recipe = manifest.recipe
+    made = "twins" if recipe["lr_source"] else Degradation.parse(recipe["degradation"], scale).name
     read = getattr(model.encoder, "kernel", "none")
     if made in ("bicubic", "bilinear") and read in ("bicubic", "bilinear") and made != read:
         say(f"train: the pairs were made by {made}, and {config.preset} enlarges its condition by {read}")

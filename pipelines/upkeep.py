@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipelines import storage
 from pipelines.assets import read_sidecar
 from pipelines.config import check
@@ -13,14 +16,14 @@ from pipelines.runs import Summary, new_run_id
 
 def status(output: str) -> Summary:
     """Return the counts of the latest receipts; say each asset that is not done, and who is at work."""
-    rows = Ledger(output).latest().to_pylist()
-    for row in rows:
-        if row["status"] != "done":
-            say(f"{row['status']}  {row['key']!r}  {row['stage']}/{row['reason']}: {row['message']}")
+    table = Ledger(output).latest(["key", "status", "stage", "reason", "message"])
+    for row in table.filter(pc.not_equal(table["status"], "done")).to_pylist():
+        say(f"{row['status']}  {row['key']!r}  {row['stage']}/{row['reason']}: {row['message']}")
     holder = Lease(output, run_id="status").holder()
-    counts = {name: sum(row["status"] == name for row in rows) for name in ("done", "skipped", "dead")}
+    found = {item["values"]: item["counts"] for item in pc.value_counts(table["status"]).to_pylist()}
+    counts = {name: found.get(name, 0) for name in ("done", "skipped", "dead")}
     say(f"status: {counts}; " + (f"run {holder['run_id']} is at work" if holder else "no run is at work"))
-    return Summary(job="upscale status", run_id="none", status="done", inputs=len(rows), **counts)
+    return Summary(job="upscale status", run_id="none", status="done", inputs=table.num_rows, **counts)
 
 
 def verify(output: str, *, dry_run: bool) -> Summary:
@@ -70,13 +73,14 @@ def gc(output: str, *, delete: bool) -> Summary:
 
     Raises ValueError for an output without receipts.
     """
-    check(Ledger(output).rows().num_rows > 0, "output", output, "must have a ledger with receipts, which tell what is "
-          "ours", "correct --output")  # fmt: skip
+    rule = "must have a ledger with receipts, which tell what is ours"
+    check(Ledger(output).rows(["key"]).num_rows > 0, "output", output, rule, "correct --output")
     run_id = new_run_id("gc")
     with Lease(output, run_id=run_id):
         ledger = Ledger(output)
-        named = _objects(ledger.rows().to_pylist())
-        current = _objects([row for row in ledger.latest().to_pylist() if row["status"] == "done"])
+        latest = ledger.latest(["status", "out_key"])
+        named = _objects(ledger.rows(["out_key"]))
+        current = _objects(latest.filter(pc.equal(latest["status"], "done")))
         found = [item.key for item in storage.list_objects(output)]
         orphans = sorted((named - current).intersection(found))
         for key in sorted(set(found) - named):
@@ -89,7 +93,7 @@ def gc(output: str, *, delete: bool) -> Summary:
                    done=len(orphans) if delete else 0)  # fmt: skip
 
 
-def _objects(rows: list[dict[str, Any]]) -> set[str]:
+def _objects(receipts: pa.Table) -> set[str]:
     """Return the keys of the results that receipts name, and of their sidecars."""
-    keys = {row["out_key"] for row in rows if row["out_key"]}
+    keys = set(pc.unique(receipts["out_key"]).to_pylist()) - {""}
     return keys | {f"{key}.json" for key in keys}

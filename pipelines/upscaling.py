@@ -2,8 +2,10 @@
 
 import os
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
+import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 
 from diffsr_core.checkpoint import model_from_files
@@ -13,7 +15,7 @@ from pipelines.config import check, fingerprint
 from pipelines.engine import say
 from pipelines.images import SUFFIXES
 from pipelines.lease import Lease
-from pipelines.ledger import Ledger
+from pipelines.ledger import Ledger, list_table
 from pipelines.models import publish_model, resolve
 from pipelines.runs import Summary, new_run_id
 from pipelines.sampling import SamplingConfig
@@ -97,9 +99,8 @@ def upscale(config: UpscaleConfig, *, verb: str = "run") -> Summary:
     config.sampling().check_fits(network.config)  # before any work is planned
     recipe = config.recipe()
     work = Work(
-        source=config.source,
+        listing=partial(list_table, config.source, suffixes=SUFFIXES),
         output=config.output,
-        suffixes=SUFFIXES,
         recipe=fingerprint(recipe),
         model=model.digest,
         unit_bytes=int(config.unit_megabytes * 2**20),
@@ -141,7 +142,8 @@ def upscale(config: UpscaleConfig, *, verb: str = "run") -> Summary:
 
 
 def _mean_metrics(output: str, run_id: str) -> dict[str, float]:
-    rows = [dict(row["metrics"]) for row in Ledger(output).rows().to_pylist() if row["run_id"] == run_id]
+    table = Ledger(output).rows(["metrics", "run_id"])
+    rows = [dict(metrics) for metrics in table.filter(pc.equal(table["run_id"], run_id))["metrics"].to_pylist()]
     names = {name for row in rows for name in row}
     return {n: sum(row[n] for row in rows if n in row) / sum(n in row for row in rows) for n in sorted(names)}
 

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
+from pipelines.corpus import read_source as read_source
 from pipelines.engine import Worker, progress, run_units, say
-from pipelines.images import Refused
 from pipelines.lease import Lease
-from pipelines.ledger import Ledger, Plan, Receipt, difference, list_table, open_plans, pack, save_plan
+from pipelines.ledger import GONE, Ledger, Plan, Receipt, accounted, open_plans, pack, save_plan
 
 FLUSH_S = 5.0
+STATE = ("key", "etag", "recipe", "model", "status", "reason", "fence")  # what tells whether an asset is work
 
 
 class BudgetExceeded(RuntimeError):
@@ -27,29 +28,41 @@ class BudgetExceeded(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is to be done. recipe is the fingerprint of all settings that decide the bytes, model the model's digest."""
+    """What is to be done. recipe is the fingerprint of all settings that decide the bytes, model the model's digest.
 
-    source: str
+    listing returns what there is, LISTING_SCHEMA sorted by key. sets: the output holds a set per recipe, side by side:
+    receipts and plans of other recipes are left alone and count for nothing here. Otherwise there is one result per
+    key, and its latest receipt decides. max_gone_share: known sources that are listed no more get a receipt `gone`,
+    unless they are more than this share: then the source is the wrong one, and nothing is done. None: they stay.
+    """
+
+    listing: Callable[[], pa.Table]
     output: str
-    suffixes: frozenset[str]
     recipe: str
     model: str = ""
     unit_bytes: int = 64 * 2**20
     max_dead_share: float = 0.2
     retry_dead: bool = False
     limit: int | None = None
+    sets: bool = False
+    max_gone_share: float | None = None
+
+    def latest(self) -> pa.Table:
+        """Return columns STATE of the latest receipts that count for this work."""
+        return Ledger(self.output).latest(STATE, recipe=self.recipe if self.sets else None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
     """What a run would do: assets listed, unchanged (the ledger has them), to do (new or changed, within the limit),
-    and their bytes; rows is the work itself."""
+    and their bytes; rows is the work itself, keys are those of the listing, sorted."""
 
     listed: int
     unchanged: int
     todo: int
     todo_bytes: int
     rows: pa.Table
+    keys: pa.ChunkedArray
 
 
 @dataclass(kw_only=True)
@@ -64,42 +77,24 @@ class Outcome:
     resumed_units: int = 0
 
 
-def read_source(source: str, row: dict[str, Any]) -> bytes:
-    """Return the bytes of a planned asset. Raises Refused when the store does not give what was listed."""
-    key = row["key"]
-    try:
-        uri = storage.join(source, key)
-        return storage.read_listed(uri, row["etag"])
-    except FileNotFoundError:
-        if "\\udc" in key:  # as list_table wrote it
-            raise Refused("read", "name_not_utf8", f"{uri}: its name is no UTF-8; rename it") from None
-        raise Refused("read", "missing", f"{uri} was listed and is gone") from None
-    except storage.Changed as error:
-        raise Refused("read", "source_changed", f"{error}; the next run takes the new content") from None
-    except OSError as error:
-        raise Refused("read", "io_error", f"{uri}: {error}") from None
-    except ValueError as error:  # a key that storage does not take, as S3 allows "a/../b"
-        raise Refused("read", "bad_name", str(error)) from None
-
-
 def forecast(work: Work, *, fence: int | None = None) -> Forecast:
-    """List the source and return what is not accounted for. Writes nothing.
+    """List what there is and return what is not accounted for. Writes nothing.
 
     fence: of the run that asks; what it has already done itself does not count as unchanged.
     """
-    listing, latest = list_table(work.source, suffixes=work.suffixes), Ledger(work.output).latest()
-    rows = difference(listing, latest, recipe=work.recipe, model=work.model, retry_dead=work.retry_dead)
-    before = latest if fence is None else latest.filter(pc.not_equal(latest["fence"], fence))
-    known = listing.join(rows.select(["key"]), keys="key", join_type="left anti")
-    unchanged = known.join(before.select(["key"]), keys="key", join_type="left semi").num_rows
+    listing = work.listing()
+    found = accounted(listing, work.latest(), recipe=work.recipe, model=work.model, retry_dead=work.retry_dead)
+    rows = listing.filter(pc.invert(found["known"]))
     if work.limit is not None:
         rows = rows.slice(0, work.limit)
+    before = found["known"] if fence is None else pc.and_(found["known"], pc.not_equal(found["fence"], fence))
     return Forecast(
         listed=listing.num_rows,
-        unchanged=unchanged,
+        unchanged=_count(before),
         todo=rows.num_rows,
         todo_bytes=int(pc.sum(rows["size"]).as_py() or 0),
         rows=rows,
+        keys=listing["key"],
     )
 
 
@@ -143,11 +138,16 @@ def run(
             say(f"{label}: an interrupted plan is continued, {len(left)} of {plan.num_units} units are left")
             outcome.resumed_units += len(left)
             execute(plan, left)
+        elif work.sets:  # of another set: continued when that is asked for again
+            continue
         storage.delete(plan.uri)  # finished, or made for other settings: its assets are found again by the difference
     if work.limit is not None:
         work = replace(work, limit=max(0, work.limit - outcome.inputs))
     ahead = forecast(work, fence=lease.fence)
     outcome.unchanged = ahead.unchanged
+    if work.max_gone_share is not None:
+        writer.add(_gone(work, ahead.keys, work.max_gone_share))
+        writer.flush()
     if ahead.todo:
         units = pack(ahead.rows, recipe=work.recipe, model=work.model, unit_bytes=work.unit_bytes)
         plan = save_plan(ledger, units, recipe=work.recipe, model=work.model, fence=lease.fence)
@@ -156,16 +156,22 @@ def run(
         storage.delete(plan.uri)
     elif work.limit is None:
         say(f"{label}: nothing to do, all {ahead.listed} assets are accounted for")
-    _check_ledger(ledger, outcome, work)
+    _check_ledger(outcome, work, ahead.keys)
+    lease.check()
+    ledger.compact(fence=lease.fence)
     return outcome
+
+
+def _count(flags: pa.ChunkedArray) -> int:
+    return int(pc.sum(flags).as_py() or 0)
 
 
 def _units_left(plan: Plan, ledger: Ledger) -> list[int]:
     """Return the units without a receipt since the plan was made."""
-    rows = ledger.rows()
+    rows = ledger.rows(["unit_id", "fence"])
     since = rows.filter(pc.greater_equal(rows["fence"], plan.fence))
-    accounted = set(pc.unique(since["unit_id"]).to_pylist())
-    return [index for index, unit_id in enumerate(plan.unit_ids()) if unit_id not in accounted]
+    ended = set(pc.unique(since["unit_id"]).to_pylist())
+    return [index for index, unit_id in enumerate(plan.unit_ids()) if unit_id not in ended]
 
 
 def _collect(
@@ -192,12 +198,32 @@ def _check_budget(dead: int, total: int, outcome: Outcome, work: Work) -> None:
         )
 
 
-def _check_ledger(ledger: Ledger, outcome: Outcome, work: Work) -> None:
-    """Judge all that the ledger holds for these settings: a rerun does not wash a systematic failure away."""
-    latest = ledger.latest()
+def _gone(work: Work, listed: pa.ChunkedArray, max_share: float) -> list[Receipt]:
+    """Return a receipt for each known source that is listed no more. Raises ValueError where they are too many."""
+    latest = work.latest()
+    known = latest.filter(pc.not_equal(latest["reason"], GONE))
+    gone = known.filter(pc.invert(pc.is_in(known["key"], value_set=listed))).select(["key", "etag"]).to_pylist()
+    if len(gone) > max(1, max_share * known.num_rows):
+        raise ValueError(
+            f"sources that are gone ({len(gone)} of {known.num_rows}) must be at most max_gone_share ({max_share}) of "
+            "those known; correct --source, or allow it with --max-gone-share 1"
+        )
+    fields: dict[str, Any] = {
+        "size": 0,
+        "recipe": work.recipe,
+        "model": work.model,
+        "status": "skipped",
+        "stage": "list",
+    }
+    return [Receipt(**row, **fields, reason=GONE, message="it is listed no more") for row in gone]
+
+
+def _check_ledger(outcome: Outcome, work: Work, listed: pa.ChunkedArray) -> None:
+    """Judge all that the ledger holds of what is listed: a rerun does not wash a systematic failure away."""
+    latest = work.latest()
     ours = latest.filter(pc.and_(pc.equal(latest["recipe"], work.recipe), pc.equal(latest["model"], work.model)))
-    dead = int(pc.sum(pc.equal(ours["status"], "dead")).as_py() or 0)
-    _check_budget(dead, ours.num_rows, outcome, work)
+    ours = ours.filter(pc.is_in(ours["key"], value_set=listed))
+    _check_budget(_count(pc.equal(ours["status"], "dead")), ours.num_rows, outcome, work)
 
 
 class _Writer:

@@ -80,6 +80,40 @@ def test_seed_and_repetition_do_not_change_a_recipe_that_draws_nothing() -> None
     assert np.array_equal(hr, before)
 
 
+def test_a_recipe_that_draws_nothing_makes_no_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffsr_core.degradation.Draws", None)
+    for name in ("bicubic", "bilinear"):
+        assert Degradation(name, 2).apply(random_pixels(8, 8, 3), seed=0).shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize("name", ["bicubic", "bilinear", "blur-bicubic"])
+@pytest.mark.parametrize("channels", [None, 1, 4])
+def test_floats_are_computed_in_float64_and_neither_rounded_nor_clipped(name: str, channels: int | None) -> None:
+    shape = (24, 36) if channels is None else (24, 36, channels)
+    hr = np.where(random_pixels(*shape) > 100, 5e4, 7.25).astype(np.float32)
+    hr[:12] = -3.3e-3  # a broad step, so that bicubic overshoots
+    changes = {"blur": 1.6, "anisotropic": 0} if name == "blur-bicubic" else {}
+    x = np.atleast_3d(hr).astype(np.float64)
+    if changes:
+        x = scipy.ndimage.gaussian_filter(x, (1.6, 1.6, 0), mode="reflect", truncate=4)
+    expected = downscale_pixels(x, 3, kernel="bilinear" if name == "bilinear" else "bicubic")
+    lr = Degradation(name, 3, changes).apply(hr, seed=0)
+    assert lr.dtype == np.float32 and lr.shape == (8, 12, *shape[2:])
+    if changes:
+        assert np.abs(lr.reshape(expected.shape) - expected).max() < 5e4 * 1e-6
+    else:
+        assert np.array_equal(lr.reshape(expected.shape), expected.astype(np.float32))
+        assert np.any(lr % 1 != 0) and (name == "bicubic") == bool(lr.min() < -100)
+
+
+@pytest.mark.parametrize("name", ["noise", "jpeg", "real"])
+def test_recipes_with_levels_of_255_refuse_floats_and_say_what_to_use(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^hr is float32: {name} must have .*levels are of 255.*use bicubic, bilinear"
+    ):
+        Degradation(name, 2).apply(np.zeros((8, 8, 3), np.float32), seed=0, jpeg=identity)
+
+
 def test_recipes_differ() -> None:
     hr = random_pixels(32, 24, 3)
     results = {Degradation(name, 4).apply(hr, seed=0, jpeg=coarse).tobytes() for name in DEGRADATIONS}

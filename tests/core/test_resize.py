@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffsr_core.metrics import psnr, rgb_to_y
-from diffsr_core.resize import adjoint, downscale, downscale_pixels, imresize, rescale, resize, resize_pixels, upscale
-from diffsr_core.taps import kernel_value, resize_weights
+from diffsr_core.resize import (
+    _exact_dtype,
+    adjoint,
+    downscale,
+    downscale_pixels,
+    imresize,
+    rescale,
+    resize,
+    resize_pixels,
+    upscale,
+)
+from diffsr_core.taps import kernel_value, phase_taps, resize_weights
 
 DATA = Path(__file__).parents[2] / "../shared/data"
 needs_matlab = pytest.mark.skipif(not (DATA / "matlab").is_dir(), reason="no MATLAB pairs in ../shared/data/matlab")
@@ -28,6 +38,7 @@ def pixels(path: Path) -> np.ndarray:
 sides = st.integers(1, 23)
 scales = st.builds(Fraction, st.integers(1, 9), st.integers(1, 9))
 kernels = st.sampled_from(["bicubic", "bilinear"])
+NARROW = {(2, "bicubic"), (4, "bicubic"), (2, "bilinear"), (4, "bilinear"), (8, "bilinear"), (16, "bilinear")}
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -282,6 +293,54 @@ def test_pixels_are_resized_as_their_tensor() -> None:
     assert np.array_equal(downscale_pixels(hwc, 4), expected.numpy())
     assert np.array_equal(downscale_pixels(hwc[..., 1], 4), expected.numpy()[..., 1])
     assert np.array_equal(resize_pixels(hwc, (3, 4)), expected.numpy())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    scale=st.integers(1, 8),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    channels=st.sampled_from([0, 1, 2, 3, 5]),
+    dtype=st.sampled_from(["u1", "u2", "f4", "f8"]),
+    kernel=kernels,
+)
+def test_pixels_are_reduced_to_the_bits_of_the_tensor(scale, size, channels, dtype, kernel) -> None:
+    shape = (size[0] * scale, size[1] * scale, *([channels] if channels else []))
+    draw = np.random.default_rng(scale)
+    x = (
+        draw.normal(0, 300, shape).astype(dtype)
+        if dtype[0] == "f"
+        else draw.choice([0, 1, 254, 255], shape).astype(dtype)
+    )
+    planes = torch.from_numpy(np.atleast_3d(x).astype(np.float64)).permute(2, 0, 1)[None].contiguous()
+    expected = downscale(planes, scale, kernel=kernel)[0].permute(1, 2, 0).contiguous().numpy()
+    got = downscale_pixels(x, scale, kernel=kernel)
+    assert got.dtype == np.float64 and got.shape == (*size, *shape[2:])
+    assert got.tobytes() == expected.tobytes()
+    assert downscale_pixels(x[::-1, ::-1], scale, kernel=kernel).flags.c_contiguous
+
+
+def test_blocks_of_rows_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).integers(0, 65536, (400, 36, 3), dtype=np.uint16)
+    whole = downscale_pixels(x, 4)
+    monkeypatch.setattr("diffsr_core.resize._BLOCK_SAMPLES", 1)
+    assert np.array_equal(downscale_pixels(x, 4), whole)
+
+
+def test_pixels_at_scale_1_are_a_copy() -> None:
+    x = np.ones((3, 4))
+    assert np.array_equal(downscale_pixels(x, 1), x) and not np.shares_memory(downscale_pixels(x, 1), x)
+
+
+@pytest.mark.parametrize("kernel", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("scale", [2, 3, 4, 5, 8, 16])
+def test_narrow_sums_are_taken_only_where_they_are_exact(scale: int, kernel: str) -> None:
+    # Exact in rationals: every partial sum of the largest pixels, whatever their order, fits 24 bits.
+    weights = phase_taps(scale, scale, kernel=kernel).weights
+    step = math.lcm(*(Fraction(weight).denominator for weight in weights))
+    fits = 255 * sum(abs(Fraction(weight)) for weight in weights) * step < 2**24
+    assert (_exact_dtype(np.dtype(np.uint8), weights) == np.float32) <= fits
+    assert (_exact_dtype(np.dtype(np.uint8), weights) == np.float32) == ((scale, kernel) in NARROW)
+    assert _exact_dtype(np.dtype(np.uint16), weights) == _exact_dtype(np.dtype(np.int8), weights) == np.float64
 
 
 @pytest.mark.parametrize(("shape", "name"), [((1, 1, 10, 8), "height is 10 px"), ((1, 1, 8, 10), "width is 10 px")])

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.ledger import Ledger
+from pipelines.manifest import load_manifest
 from tests.jobs.conftest import PAIRS_FLAGS, Ran, photograph, png, run, run_until_killed, tree
 
 
@@ -80,13 +81,19 @@ def test_a_systematic_failure_exceeds_the_budget_and_exits_3(tmp_path: Path, cal
     assert "max_dead_share (0.2)" in failed.stderr
 
 
-def test_another_recipe_is_refused_and_the_set_stays(archive: Path, pairs: Path, call: Callable[..., Ran]) -> None:
-    before = json.loads((pairs / "manifest.json").read_text())["digest"]
-    flags = [*PAIRS_FLAGS, "--degradation", "bilinear"]
-    refused = call("make_pairs", "--source", archive, "--output", pairs, "--engine", "local", *flags)
-    assert refused.code == 1
-    assert "degradation=bicubic" in refused.stderr and "another --output" in refused.stderr
-    assert json.loads((pairs / "manifest.json").read_text())["digest"] == before
+def test_another_recipe_is_a_set_beside_the_old_one(archive: Path, tmp_path: Path, call: Callable[..., Ran]) -> None:
+    flags = ["--source", archive, "--output", tmp_path / "set", "--engine", "local", *PAIRS_FLAGS]
+    assert call("make_pairs", *flags).code == 0
+    old, before = json.loads((tmp_path / "set/manifest.json").read_text()), tree(tmp_path / "set/data")
+    other = call("make_pairs", *flags, "--degradation", "bilinear")
+    assert (other.code, other.summary["inputs"], other.summary["unchanged"]) == (0, 7, 0)
+    new = json.loads((tmp_path / "set/manifest.json").read_text())
+    assert new["digest"] != old["digest"] and new["recipe"]["degradation"] == "bilinear"
+    assert {name: data for name, data in tree(tmp_path / "set/data").items() if name in before} == before
+    assert load_manifest(str(tmp_path / f"set/manifests/{old['digest']}.json")).num_pairs("train") > 0
+    again = call("make_pairs", *flags)  # back again: nothing is made twice
+    assert (again.code, again.summary["inputs"], again.summary["unchanged"]) == (0, 0, 7)
+    assert json.loads((tmp_path / "set/manifest.json").read_text()) == old
 
 
 @pytest.mark.parametrize("broken", ["missing", "empty"])
@@ -102,7 +109,7 @@ def test_a_source_without_images_is_said_clearly(tmp_path: Path, call: Callable[
     shutil.rmtree(tmp_path / "set", ignore_errors=True)
 
 
-def test_settings_that_changed_before_the_first_manifest_are_refused(tmp_path: Path, call: Callable[..., Ran]) -> None:
+def test_a_failure_leaves_the_dead_letters_and_no_set(tmp_path: Path, call: Callable[..., Ran]) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "good.png").write_bytes(png(photograph("coffee.png")))
@@ -111,8 +118,10 @@ def test_settings_that_changed_before_the_first_manifest_are_refused(tmp_path: P
     flags = ["--source", source, "--output", tmp_path / "set", "--engine", "local"]
     assert call("make_pairs", *flags, *PAIRS_FLAGS).code == 3
     assert not (tmp_path / "set" / "manifest.json").exists()
-    refused = call("make_pairs", *flags, *PAIRS_FLAGS, "--patch", "64")
-    assert refused.code == 1 and "another recipe" in refused.stderr
+    letters = pq.read_table(tmp_path / "set" / "dead_letters.parquet").to_pylist()
+    assert [(row["key"], row["stage"], row["reason"]) for row in letters] == [
+        (f"{index}.png", "sniff", "not_an_image") for index in range(3)
+    ]
     assert call("make_pairs", *flags, *PAIRS_FLAGS).code == 3  # a rerun does not wash the failure away
     assert call("make_pairs", *flags, *PAIRS_FLAGS, "--max-dead-share", "1").code == 0
 
@@ -129,8 +138,12 @@ def test_a_file_that_kills_its_worker_on_ray_becomes_a_dead_letter(archive: Path
         "        if name == 'pipelines.patches':\n"
         "            sys.meta_path.remove(self)\n"
         "            import pipelines.images as images\n"
-        "            decode = images.decode\n"
-        f"            images.decode = lambda data, **k: os._exit(9) if len(data) == {victim} else decode(data, **k)\n"
+        "            decode = images.decode_file\n"
+        "            def trap(file, *words, **options):\n"
+        f"                if file.seek(0, 2) == {victim}: os._exit(9)\n"
+        "                file.seek(0)\n"
+        "                return decode(file, *words, **options)\n"
+        "            images.decode_file = trap\n"
         "sys.meta_path.insert(0, Trap())\n"
     )
     flags = ["--source", archive, "--output", tmp_path / "set", "--num-workers", 1, *PAIRS_FLAGS]

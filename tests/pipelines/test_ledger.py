@@ -12,6 +12,7 @@ import pytest
 from pipelines import ledger as module
 from pipelines import storage
 from pipelines.ledger import (
+    LEAST_BYTES,
     LISTING_SCHEMA,
     OUTPUT_LOST,
     RECEIPT_SCHEMA,
@@ -44,6 +45,12 @@ def work_of(ledger, found, *, recipe="r1", model="m1", retry_dead=False):
 @pytest.fixture
 def ledger(tmp_path):
     return Ledger(str(tmp_path / "out"))
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """A ledger is compacted at more than 8 segments."""
+    monkeypatch.setattr(module, "MAX_SEGMENTS", 8)
 
 
 def test_an_empty_ledger_has_no_rows_and_everything_is_work(ledger):
@@ -113,14 +120,17 @@ def test_a_lost_output_is_work_at_once(ledger):
     assert work_of(ledger, listing(("a", "e1", 5), ("b", "e1", 5))) == [("a", "e1")]
 
 
-def units_of(found, *, recipe="r", model="m", unit_bytes=100):
+K = LEAST_BYTES  # sizes below are in multiples of what an object counts at least
+
+
+def units_of(found, *, recipe="r", model="m", unit_bytes=10 * K):
     rows = difference(found, RECEIPT_SCHEMA.empty_table(), recipe=recipe, model=model, retry_dead=False)
     return [unit.to_pylist() for unit in pack(rows, recipe=recipe, model=model, unit_bytes=unit_bytes)]
 
 
 def random_rows(count=200, seed=3):
     generator = random.Random(seed)
-    sizes = [generator.choice([0, 1, 9, 40, 300]) for _ in range(count)]
+    sizes = [generator.choice([0, 1, K, 3 * K + 1, 30 * K]) for _ in range(count)]
     return [(f"folder/{i:04d}.png", f"{generator.random():.9f}", size) for i, size in enumerate(sizes)]
 
 
@@ -131,13 +141,18 @@ def test_units_partition_the_work_and_close_as_soon_as_they_reach_their_size():
     assert len(units) > 10
     for unit in units:
         assert len({row["unit_id"] for row in unit}) == 1
-        assert sum(row["size"] for row in unit[:-1]) < 100
-    assert all(sum(row["size"] for row in unit) >= 100 for unit in units[:-1])
+        assert sum(max(row["size"], K) for row in unit[:-1]) < 10 * K
+    assert all(sum(max(row["size"], K) for row in unit) >= 10 * K for unit in units[:-1])
+
+
+def test_an_object_counts_at_least_16_kib_so_that_tiny_ones_are_many_units():
+    units = units_of(listing(*((f"{i:04d}", "1", 5) for i in range(1000))), unit_bytes=64 * 2**14)
+    assert [len(unit) for unit in units] == [64] * 15 + [40]
 
 
 def test_a_unit_that_reaches_its_size_exactly_is_closed():
     assert [
-        len(unit) for unit in units_of(listing(("a", "1", 60), ("b", "1", 40), ("c", "1", 100), ("d", "1", 1)))
+        len(unit) for unit in units_of(listing(("a", "1", 6 * K), ("b", "1", 4 * K), ("c", "1", 10 * K), ("d", "1", 1)))
     ] == [2, 1, 1]
 
 
@@ -167,9 +182,9 @@ def test_a_unit_id_names_its_keys_contents_recipe_and_model():
 
 def test_a_saved_plan_is_read_back_unit_by_unit_until_it_is_deleted(ledger):
     found = listing(*random_rows(), *((key, "e", 50) for key in HOSTILE))
-    expected = units_of(found, unit_bytes=500)
+    expected = units_of(found, unit_bytes=50 * K)
     rows = difference(found, ledger.latest(), recipe="r", model="m", retry_dead=False)
-    save_plan(ledger, pack(rows, recipe="r", model="m", unit_bytes=500), recipe="r", model="m", fence=4)
+    save_plan(ledger, pack(rows, recipe="r", model="m", unit_bytes=50 * K), recipe="r", model="m", fence=4)
     (plan,) = open_plans(ledger)
     assert (plan.recipe, plan.model, plan.fence) == ("r", "m", 4)
     assert (plan.num_units, plan.num_assets(range(plan.num_units))) == (len(expected), 200 + len(HOSTILE))
@@ -194,6 +209,114 @@ def test_duckdb_reads_the_segments_and_finds_the_same_latest_receipts(ledger):
     ).fetchall()
     ours = [(row["key"], row["etag"], dict(row["metrics"])["lr_psnr"]) for row in ledger.latest().to_pylist()]
     assert len(ours) == len(set(keys)) and sorted(ours) == sorted(rows)
+
+
+def many(ledger, *, segments=14, seed=9):
+    """Append segments with everything that history knows: changes, recipes, deaths, moves from object to object."""
+    generator = random.Random(seed)
+    for number in range(segments):
+        rows = []
+        for _ in range(5):
+            status = generator.choice(["done", "done", "dead"])
+            rows.append(
+                receipt(
+                    generator.choice([*HOSTILE, "a", "b", "c"]), generator.choice("xyz"), status=status,
+                    recipe=generator.choice(["r1", "r2"]), model=generator.choice(["m1", "m2"]),
+                    out_key=generator.choice(["o1", "o2", "o3"]) if status == "done" else "", fence=number // 4 + 1,
+                    metrics={"number": float(number)}, unit_id=f"u{number}",
+                )
+            )  # fmt: skip
+        ledger.append(rows, fence=number // 4 + 1, number=number % 4)
+
+
+def readings(ledger):
+    """Return all that anybody reads of a ledger, without the positions."""
+    tables = [ledger.latest(), ledger.latest(recipe="r1"), ledger.latest(recipe="r2")]
+    history, last = ledger.rows(), {}
+    for row in history.to_pylist():
+        last[row["key"], row["recipe"], row["model"], row["out_key"]] = {**row, "order": 0}
+    return [table.drop_columns(["order"]).to_pylist() for table in tables], last
+
+
+@pytest.mark.parametrize("deletes", [0, 1, 6, None], ids=["at once", "after one delete", "after six", "never"])
+def test_a_compaction_killed_anywhere_leaves_a_ledger_that_reads_the_same(ledger, soon, monkeypatch, deletes):
+    class Killed(BaseException):
+        pass
+
+    many(ledger)
+    before, old, honest, count = readings(ledger), ledger.segments(), storage.delete, [0]
+
+    def delete(uri):
+        if count[0] == deletes:
+            raise Killed
+        count[0] += 1
+        honest(uri)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "delete", delete)
+        if deletes is None:
+            assert ledger.compact(fence=9)
+        else:
+            with pytest.raises(Killed):
+                ledger.compact(fence=9)
+    assert len(ledger.segments()) == (1 if deletes is None else len(old) + 1 - deletes)
+    assert readings(ledger) == before
+    ledger.append([receipt("a", "new")], fence=10, number=0)
+    assert {row["etag"] for row in ledger.latest().to_pylist() if row["key"] == "a"} == {"new"}
+    assert ledger.compact(fence=10) == (deletes in (0, 1, 6))
+    keys = {key for key, recipe, *_ in before[1] if recipe == "r1"} | {"a"}
+    assert set(ledger.latest(["key"], recipe="r1")["key"].to_pylist()) == keys
+
+
+def test_a_compaction_killed_before_it_is_published_changes_nothing(ledger, soon, monkeypatch):
+    many(ledger)
+    before = ledger.segments(), readings(ledger)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ledger.compact(fence=8)
+    assert (ledger.segments(), readings(ledger)) == before
+
+
+def test_few_segments_and_those_of_a_newer_holder_are_not_compacted(ledger, soon):
+    many(ledger, segments=8)
+    assert ledger.compact(fence=99) is False and len(ledger.segments()) == 8
+    ledger.append([receipt("a")], fence=12, number=0)
+    assert ledger.compact(fence=11) is False and len(ledger.segments()) == 9
+    assert ledger.compact(fence=12) is True and len(ledger.segments()) == 1
+
+
+def test_a_reader_beside_a_compaction_reads_all_of_it(ledger, soon, monkeypatch):
+    many(ledger)
+    before, honest, calls = readings(ledger), module._read_segment, []
+
+    def late(uri, *, columns):
+        calls.append(uri)
+        if len(calls) == 3:
+            monkeypatch.setattr(module, "_read_segment", honest)
+            ledger.compact(fence=9)
+        return honest(uri, columns=columns)
+
+    monkeypatch.setattr(module, "_read_segment", late)
+    assert readings(ledger) == before and len(ledger.segments()) == 1
+
+
+def test_a_listing_that_saw_neither_the_old_nor_the_compacted_segments_is_made_again(ledger, monkeypatch):
+    many(ledger)
+    before, honest, calls = readings(ledger), storage.list_names, []
+    monkeypatch.setattr(
+        storage, "list_names", lambda uri: calls.append(uri) or honest(uri)[: 3 if len(calls) == 1 else 999]
+    )
+    assert readings(ledger) == before
+
+
+def test_columns_are_read_as_asked_and_recipes_apart(ledger):
+    ledger.append([receipt("a", "e1", recipe="r1"), receipt("b", "e1", recipe="r1")], fence=1, number=0)
+    ledger.append([receipt("a", "e2", recipe="r2")], fence=2, number=0)
+    assert ledger.rows(["etag"]).to_pylist() == [{"etag": e, "order": i} for i, e in enumerate(("e1", "e1", "e2"))]
+    assert ledger.latest(["etag"]).to_pylist() == [{"etag": "e1", "order": 1}, {"etag": "e2", "order": 2}]
+    assert ledger.latest(["etag"], recipe="r1").to_pylist() == [{"etag": "e1", "order": 0}, {"etag": "e1", "order": 1}]
+    assert ledger.latest(["etag"], recipe="r3").num_rows == 0
 
 
 def test_hostile_keys_are_compared_as_they_are(ledger):

@@ -58,6 +58,28 @@ def test_a_folder_is_no_object_and_a_missing_object_has_no_size(root):
         storage.read_bytes(storage.join(root, "nothing"))
 
 
+def test_an_object_is_looked_up_as_it_is_listed_and_streamed_only_as_it_was_listed(root):
+    content = os.urandom(5 << 20)
+    storage.publish(storage.join(root, "a.png"), content)
+    (listed,) = storage.list_objects(root)
+    uri = storage.join(root, "a.png")
+    assert storage.look_up(uri) == storage.StoredObject(uri, listed.etag, len(content))
+    pieces = list(storage.stream_listed(uri, listed.etag))
+    assert b"".join(pieces) == content == storage.read_listed(uri, listed.etag) and max(map(len, pieces)) == 1 << 20
+    storage.publish(uri, content[::-1])
+    with pytest.raises(storage.Changed, match="was listed with"):
+        storage.read_listed(uri, listed.etag)
+    assert b"".join(storage.stream_listed(uri, None)) == content[::-1]
+
+
+def test_what_cannot_be_read_is_looked_up_as_unreadable_and_streamed_with_the_reason(root, tmp_path):
+    storage.publish(storage.join(root, "folder/a.png"), b"x")
+    for uri in (storage.join(root, "gone.png"), storage.join(root, "folder"), "/dev/zero"):
+        assert storage.look_up(uri) == storage.StoredObject(uri, "unreadable", 0)
+        with pytest.raises(OSError):
+            list(storage.stream_listed(uri, None))
+
+
 def test_delete_removes_and_a_second_delete_is_fine(root):
     uri = storage.join(root, "a.png")
     storage.publish(uri, b"x")
@@ -285,6 +307,12 @@ def test_an_s3_listing_turns_every_page_and_leaves_out_markers_and_neighbours():
         ("z.PNG", 0, "e"),
     ]
     assert storage._list_s3(store, "bucket/nothing", ("",)) is None
+
+
+@pytest.mark.parametrize("uri", ["", "s3://", "s3:///key", "s3://white space/key", "s3://b/k?versionId=1"])
+def test_a_name_that_the_store_cannot_have_is_refused_before_it_is_asked(uri):
+    with pytest.raises(ValueError, match="uri="):
+        storage.open_filesystem(uri)
 
 
 def test_an_s3_filesystem_follows_the_endpoint_of_the_environment_and_caches_no_listing(monkeypatch):

@@ -3,17 +3,20 @@
 import errno
 import json
 import os
+from functools import partial
 
 import pytest
 
 from pipelines import storage
 from pipelines import work as module
+from pipelines.corpus import read_source
 from pipelines.images import Refused
 from pipelines.lease import Lease, LeaseHeld
-from pipelines.ledger import Ledger, Receipt, open_plans
-from pipelines.work import BudgetExceeded, Work, forecast, read_source, run
+from pipelines.ledger import GONE, LEAST_BYTES, Ledger, Receipt, list_table, open_plans
+from pipelines.work import BudgetExceeded, Work, forecast, run
 
 SIZE = 10
+THREE = 3 * LEAST_BYTES  # unit_bytes for units of three small assets
 
 
 class Killed(BaseException):
@@ -23,8 +26,9 @@ class Killed(BaseException):
 class FakeWorker:
     """Writes each source reversed below the output; `before` and `after` are called with the row around the write."""
 
-    def __init__(self, *, work, before=None, after=None, seen=None):
-        self.work, self.before, self.after, self.seen = work, before, after, [] if seen is None else seen
+    def __init__(self, *, work, source, before=None, after=None, seen=None):
+        self.work, self.source, self.before, self.after = work, source, before, after
+        self.seen = [] if seen is None else seen
 
     def __call__(self, rows, enter):
         self.seen.append(rows[0]["unit_id"])
@@ -35,7 +39,7 @@ class FakeWorker:
         if self.before:
             self.before(row)
         try:
-            data = read_source(self.work.source, row)
+            data = read_source(self.source, row)
             if data.startswith(b"bad"):
                 raise Refused("decode", "corrupt", "bad bytes")
         except Refused as refused:
@@ -65,13 +69,14 @@ class Bench:
         return path
 
     def work(self, **changes):
-        fields = {"source": str(self.source), "output": str(self.output), "suffixes": frozenset({".png"})}
-        return Work(**{**fields, "recipe": "r", "model": "m", "unit_bytes": 3 * SIZE, **changes})
+        listing = partial(list_table, str(self.source), suffixes=frozenset({".png"}))
+        fields = {"listing": listing, "output": str(self.output), "recipe": "r", "model": "m", "unit_bytes": THREE}
+        return Work(**{**fields, **changes})
 
     def run(self, *, before=None, after=None, seen=None, **changes):
         work = self.work(**changes)
         with Lease(work.output, run_id="run") as lease:
-            arguments = {"work": work, "before": before, "after": after, "seen": seen}
+            arguments = {"work": work, "source": str(self.source), "before": before, "after": after, "seen": seen}
             return run(
                 work, make=FakeWorker, arguments=arguments, engine="local", num_workers=1,
                 run_id=f"run-{lease.fence}", lease=lease, label="test",
@@ -219,6 +224,91 @@ def test_after_a_b_a_an_interrupted_plan_is_resumed_although_its_units_were_done
     again = []
     assert bench.run(model="a", seen=again).resumed_units == 3
     assert again == seen[1:]
+
+
+def test_a_set_of_another_recipe_stands_beside_and_its_receipts_are_found_again(bench):
+    assert counted(bench.run(recipe="a", sets=True)) == {"inputs": 10, "done": 10}
+    assert counted(bench.run(recipe="b", sets=True)) == {"inputs": 10, "done": 10}
+    bench.put("03.png", "asset edit")
+    assert counted(bench.run(recipe="a", sets=True)) == {"inputs": 1, "done": 1, "unchanged": 9}
+    assert counted(bench.run(recipe="b", sets=True)) == {"inputs": 1, "done": 1, "unchanged": 9}
+    assert counted(bench.run(recipe="a", sets=True)) == {"unchanged": 10}
+    assert counted(bench.run(recipe="a")) == {"inputs": 10, "done": 10}  # one result per key: b's hides it
+
+
+def test_an_interrupted_plan_of_another_set_is_left_in_place_and_continued_when_it_is_asked_for(bench):
+    first, second = [], []
+    with pytest.raises(Killed):
+        bench.run(recipe="a", sets=True, after=dies_at(4), seen=first)
+    assert counted(bench.run(recipe="b", sets=True)) == {"inputs": 10, "done": 10}
+    assert bench.num_plans() == 1
+    outcome = bench.run(recipe="a", sets=True, seen=second)
+    assert counted(outcome) == {"inputs": 7, "done": 7, "unchanged": 3, "resumed_units": 3}
+    assert bench.num_plans() == 0 and len(set(first + second)) == 4
+
+
+def test_the_budget_of_a_set_counts_no_dead_letters_of_another(bench):
+    for index in range(10):
+        bench.put(f"{index:02d}.png", "bad bytes!")
+    bench.run(recipe="a", sets=True, max_dead_share=1.0)
+    for index in range(10):
+        bench.put(f"{index:02d}.png", "good bytes")
+    assert bench.run(recipe="b", sets=True, max_dead_share=0.0).done == 10
+
+
+def test_what_is_listed_no_more_gets_one_receipt_and_is_work_again_when_it_is_back(bench):
+    bench.run(max_gone_share=0.5)
+    content = (bench.source / "03.png").read_bytes()
+    (bench.source / "03.png").unlink()
+    for _ in range(2):
+        assert counted(bench.run(max_gone_share=0.5)) == {"unchanged": 9}
+    rows = [row for row in Ledger(str(bench.output)).rows().to_pylist() if row["reason"] == GONE]
+    assert [(row["key"], row["status"], row["stage"]) for row in rows] == [("03.png", "skipped", "list")]
+    (bench.source / "03.png").write_bytes(content)
+    assert counted(bench.run(max_gone_share=0.5)) == {"inputs": 1, "done": 1, "unchanged": 9}
+
+
+def test_a_bucket_that_rotates_is_judged_night_by_night_and_the_wrong_bucket_before_any_work(bench):
+    bench.run(max_gone_share=0.3)
+    for night in range(6):
+        for number in (0, 1):
+            (bench.source / f"{2 * night + number:02d}.png").unlink()
+            bench.put(f"{10 + 2 * night + number:02d}.png", f"good {night} {number}")
+        assert bench.run(max_gone_share=0.3).done == 2
+    for path in bench.source.iterdir():
+        path.unlink()
+    bench.put("other.png", "good bytes")
+    seen = []
+    with pytest.raises(ValueError, match="max_gone_share"):
+        bench.run(max_gone_share=0.3, seen=seen)
+    assert not seen
+    assert bench.run(max_gone_share=1.0).done == 1
+
+
+def test_dead_letters_that_are_gone_count_for_no_budget(bench):
+    for index in range(5):
+        bench.put(f"{index:02d}.png", "bad bytes!")
+    bench.run(max_dead_share=1.0)
+    with pytest.raises(BudgetExceeded):
+        bench.run(max_dead_share=0.2)
+    for index in range(5):
+        (bench.source / f"{index:02d}.png").unlink()
+    bench.run(max_dead_share=0.2)
+
+
+def test_a_run_that_ends_well_compacts_a_ledger_of_many_segments_and_a_rerun_does_nothing(bench, monkeypatch):
+    monkeypatch.setattr(module, "FLUSH_S", -1.0)
+    monkeypatch.setattr("pipelines.ledger.MAX_SEGMENTS", 25)
+    ledger = Ledger(str(bench.output))
+    for night in range(3):
+        assert len(ledger.segments()) == 10 * night
+        for index in range(10):
+            bench.put(f"{index:02d}.png", f"night {night:04d}")
+        assert bench.run(unit_bytes=1).done == 10
+    assert len(ledger.segments()) == 1 and ledger.rows().num_rows == 10
+    before = bench.accounts()
+    assert counted(bench.run()) == {"unchanged": 10}
+    assert bench.accounts() == before
 
 
 def test_receipts_carry_the_run_and_the_fence(bench):
@@ -408,9 +498,10 @@ def test_a_source_that_is_not_there_is_an_error_and_not_an_empty_one(tmp_path):
 
 
 def test_what_the_run_keeps_for_itself_is_never_taken_for_a_source(bench):
-    inside = bench.work(source=str(bench.source), output=str(bench.source))
+    inside = bench.work(output=str(bench.source))
+    arguments = {"work": inside, "source": str(bench.source)}
     with Lease(inside.output, run_id="run") as lease:
-        run(inside, make=FakeWorker, arguments={"work": inside}, engine="local", num_workers=1, run_id="r",
+        run(inside, make=FakeWorker, arguments=arguments, engine="local", num_workers=1, run_id="r",
             lease=lease, label="t")  # fmt: skip
     storage.publish(storage.join(inside.output, "_diffsr", "x.png"), b"ours")
     assert forecast(inside).listed == 10
