@@ -1,22 +1,14 @@
 """What a pairs run would take, judged from a few images of its work list: pairs, bytes, time and cost."""
 
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.images import Refused
+from pipelines.patches import PairsWorker
 
 SAMPLE = 12
-
-
-class Pairs(Protocol):
-    """What a worker is asked for: the pairs of one source, and its original; nothing is written."""
-
-    corpus: Any
-
-    def pairs_of(self, row: dict[str, Any], original: Any) -> tuple[list[dict[str, Any]], dict[str, float]]: ...
 
 
 class Estimate(NamedTuple):
@@ -26,7 +18,7 @@ class Estimate(NamedTuple):
     metrics: dict[str, float]
 
 
-def estimate(rows: pa.Table, worker: Pairs, *, num_workers: int, cpu_hour_price: float) -> Estimate:
+def estimate(rows: pa.Table, worker: PairsWorker, *, num_workers: int, cpu_hour_price: float) -> Estimate:
     """Return what all `rows` (PLAN_SCHEMA) would take, from SAMPLE of them that lie evenly in the list.
 
     Scaled by source bytes, as the work follows them better than the number of files. Reads the sample; writes nothing.
@@ -36,13 +28,9 @@ def estimate(rows: pa.Table, worker: Pairs, *, num_workers: int, cpu_hour_price:
     sample = rows.take(places).to_pylist() if count else []
     pairs = out_bytes = read_bytes = dead = 0
     started = time.perf_counter()
-    for row, original in worker.corpus.fetch_all(sample):
+    for row, made in worker.preview(sample):
         read_bytes += row["size"]
-        try:
-            if isinstance(original, Refused):
-                raise original
-            made, _ = worker.pairs_of(row, original)
-        except Refused:
+        if made is None:
             dead += 1
             continue
         pairs += len(made)

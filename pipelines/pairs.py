@@ -11,11 +11,11 @@ from pipelines.corpus import Corpus
 from pipelines.engine import check_engine, say
 from pipelines.estimate import estimate
 from pipelines.lease import Lease
-from pipelines.manifest import FORMAT, SPLITS
+from pipelines.manifest import FORMAT, SPLITS, Manifest
 from pipelines.patches import TWIN, PairsWorker
 from pipelines.profiles import WorkingSpace
-from pipelines.publication import publish_failure, publish_set
-from pipelines.runs import Summary, new_run_id
+from pipelines.publication import publish_failure, publish_set, track_set
+from pipelines.runs import Summary, check_tracking, new_run_id
 from pipelines.work import BudgetExceeded, Work, forecast, run
 
 
@@ -58,7 +58,7 @@ class PairsConfig:
     value_range: tuple[float, ...] = field(default=(), metadata={"unit": "LOW,HIGH"})
     """Samples of more than 8 bits that mean black and white; the whole of 16 bits when left out, floats need it."""
     max_megapixels: float = 100.0
-    """Larger images are dead letters, judged by their header before decoding; TIFF is then read by windows."""
+    """Larger images are dead letters, judged by their header before decoding; a TIFF is read by windows instead."""
     max_raster_megapixels: float = 4000.0
     """The limit of what is read by windows: TIFF, GeoTIFF, JPEG 2000."""
     lr_source: str | None = field(default=None, metadata={"unit": "URI", "group": "real twins"})
@@ -119,6 +119,10 @@ class PairsConfig:
         ordered = len(self.value_range) == 2 and self.value_range[0] < self.value_range[-1]
         check(not self.value_range or ordered, "value_range", self.value_range,
               "must be two numbers, the lower first", "use 0,10000")  # fmt: skip
+        full = Degradation.parse(self.degradation, self.scale).name not in ("noise", "jpeg", "real")
+        check(not self.value_range or full, "value_range", self.value_range,
+              f"must be left out with {self.degradation}, whose levels are of the whole range of the samples",
+              "use bicubic, bilinear or blur-bicubic")  # fmt: skip
         if self.lr_source is not None:
             check(self.degradation == "bicubic", "degradation", self.degradation,
                   "must be left out with lr_source, whose images are the LR", "leave out one of them")  # fmt: skip
@@ -161,6 +165,8 @@ class PairsConfig:
 def make_pairs(config: PairsConfig) -> Summary:
     """Run the job; return its summary. Raises ValueError, LeaseHeld or BudgetExceeded."""
     check_engine(config.engine, config.num_workers)
+    if config.track and not config.dry_run:
+        check_tracking()
     space, corpus = config.space(), config.corpus()
     recipe = config.recipe(space)
     arguments: dict[str, Any] = {"corpus": asdict(corpus), "output": config.output, "recipe": recipe, "icc": space.icc,
@@ -190,11 +196,13 @@ def make_pairs(config: PairsConfig) -> Summary:
             outcome = run(work, make=PairsWorker, arguments=arguments, engine=config.engine,
                           num_workers=config.num_workers, run_id=run_id, lease=lease, label="pairs")  # fmt: skip
         except BudgetExceeded:
-            publish_failure(config.output, recipe)
+            publish_failure(config.output, recipe, lease=lease)
             raise
-        manifest = publish_set(config.output, recipe, lease=lease, track=config.track)
-    counts = {f"pairs_{split}": float(manifest.num_pairs(split)) for split in SPLITS}
-    say(f"pairs: {counts}; manifest {manifest.digest[:12]}")
+        manifest = publish_set(config.output, recipe, lease=lease)
+        counts = {f"pairs_{split}": float(manifest.num_pairs(split)) for split in SPLITS}
+        say(f"pairs: {_in_words(manifest)}; digest {manifest.digest[:12]}")
+        if config.track:  # a store that is away costs no set: the next run logs it
+            track_set(config.output, manifest)
     return Summary(
         job="pairs",
         run_id=run_id,
@@ -207,3 +215,7 @@ def make_pairs(config: PairsConfig) -> Summary:
         outputs=[storage.join(config.output, name) for name in ("manifest.json", "card.html", "dead_letters.parquet")],
         metrics=counts,
     )
+
+
+def _in_words(manifest: Manifest) -> str:
+    return ", ".join(f"{manifest.num_pairs(split):,} {split}" for split in SPLITS) + " pairs"

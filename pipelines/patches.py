@@ -33,6 +33,7 @@ from pipelines.shards import ShardWriter
 from pipelines.statistics import measure
 from pipelines.twins import check_transforms, check_twins, twin_window
 
+Fetched = Original | Refused
 TWIN = "twin"  # the degradation of pairs whose LR is a source of its own
 
 
@@ -60,12 +61,26 @@ class PairsWorker:
             bands=tuple(recipe["bands"]),
         )
 
+    def _originals(self, rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Fetched, Fetched | None]]:
+        """Yield each row with its original and its twin."""
+        twins = self.corpus.fetch_all(rows, twin=True) if self.twins else ((row, None) for row in rows)
+        for (row, original), (_, twin) in zip(self.corpus.fetch_all(rows), twins, strict=True):
+            yield row, original, twin
+
+    def preview(self, rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]] | None]]:
+        """Yield each row with the pairs that it would give, None where it would be refused. Writes nothing."""
+        for row, original, twin in self._originals(rows):
+            try:
+                yield row, self.pairs_of(row, original, twin)[0]
+            except Refused:
+                yield row, None
+
     def __call__(self, rows: list[dict[str, Any]], enter: Enter) -> list[Receipt]:
         name = f"data/{rows[0]['unit_id']}.parquet"
         receipts: list[dict[str, Any]] = []
         with ShardWriter(self.recipe) as shard:
-            for row, original in self.corpus.fetch_all(rows):
-                receipts.append(self._source(row, original, shard, enter))
+            for row, original, twin in self._originals(rows):
+                receipts.append(self._source(row, original, twin, shard, enter))
             if shard.num_rows:
                 published = shard.publish(storage.join(self.output, name))
                 for receipt in receipts:
@@ -74,16 +89,18 @@ class PairsWorker:
         return [Receipt(**receipt) for receipt in receipts]
 
     def _source(
-        self, row: dict[str, Any], original: Original | Refused, shard: ShardWriter, enter: Enter
+        self,
+        row: dict[str, Any],
+        original: Fetched,
+        twin: Fetched | None,
+        shard: ShardWriter,
+        enter: Enter,
     ) -> dict[str, Any]:
         started = time.time()
         receipt: dict[str, Any] = {**row, "recipe": self.fingerprint, "status": "done", "started": started}
         try:
             enter(row["key"])
-            if isinstance(original, Refused):
-                raise original
-            with time_limit(self.max_seconds):
-                made, measured = self.pairs_of(row, original)
+            made, measured = self.pairs_of(row, original, twin)
             shard.add(made)
             receipt["metrics"] = {**Counter(f"pairs_{pair['split']}" for pair in made), **measured}
             if not made:
@@ -96,21 +113,25 @@ class PairsWorker:
             receipt.update(status="dead", stage="decode", reason="oom", message=f"MemoryError: {error}"[:300])
         return {**receipt, "seconds": time.time() - started}
 
-    def pairs_of(self, row: dict[str, Any], original: Original) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    def pairs_of(
+        self, row: dict[str, Any], original: Fetched, twin: Fetched | None = None
+    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Return (rows of PAIR_SCHEMA, measures of the source: megapixels and patches dropped by reason).
 
-        Raises Refused.
+        Raises Refused, also what it is given in the place of an original.
         """
-        with ExitStack() as stack:
+        for given in (original, twin):
+            if isinstance(given, Refused):
+                raise given
+        assert isinstance(original, Original)
+        with time_limit(self.max_seconds), ExitStack() as stack:
             scene = stack.enter_context(open_scene(original, settings=self.settings))
             measured: dict[str, float] = {"megapixels": scene.height * scene.width / 1e6}
-            twin = None
-            if self.twins:
-                twin = stack.enter_context(
-                    open_scene(stack.enter_context(self.corpus.fetch_twin(row)), settings=self.settings)
-                )
-                measured["misalignment_px"] = self._check_twin(scene, twin)
-            made, dropped = self._patches(row, original, scene, twin)
+            low = None
+            if isinstance(twin, Original):
+                low = stack.enter_context(open_scene(twin, settings=self.settings))
+                measured["misalignment_px"] = self._check_twin(scene, low)
+            made, dropped = self._patches(row, original, scene, low)
         return made, {**measured, **dropped}
 
     def _patches(
@@ -120,6 +141,8 @@ class PairsWorker:
         value_range = self._value_range(scene)
         if twin is not None:
             self._value_range(twin)  # raises where a reader would not know how to show it
+        elif scene.channels > 16:
+            raise Refused("degrade", "too_many_channels", f"{scene.channels} bands, at most 16; choose them by --bands")
         source = {
             "source_key": row["key"],
             "source_etag": row["etag"],

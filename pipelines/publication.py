@@ -31,7 +31,7 @@ _LETTER = ["key", "etag", "size", "stage", "reason", "message", "attempts"]
 _COLUMNS = [*_LETTER, "recipe", "status", "fence", "metrics"]
 
 
-def publish_set(output: str, recipe: dict[str, Any], *, lease: Lease, track: bool) -> Manifest:
+def publish_set(output: str, recipe: dict[str, Any], *, lease: Lease) -> Manifest:
     """Commit the set of a recipe, if its ledger has changed since it was committed, and return its manifest."""
     ledger = Ledger(output)
     receipts = ledger.latest(columns=_COLUMNS, recipe=fingerprint(recipe))
@@ -39,8 +39,6 @@ def publish_set(output: str, recipe: dict[str, Any], *, lease: Lease, track: boo
     if (committed := _committed(output, mark)) is None:
         committed = _publish(output, recipe, ledger, receipts, lease)
         storage.publish(storage.join(output, _MARK), json.dumps(mark).encode())
-    if track:
-        _track(output, recipe, committed)
     return committed
 
 
@@ -52,8 +50,9 @@ def publish_dead_letters(output: str, receipts: pa.Table) -> None:
     storage.publish(storage.join(output, DEAD_LETTERS), sink.getvalue())
 
 
-def publish_failure(output: str, recipe: dict[str, Any]) -> None:
+def publish_failure(output: str, recipe: dict[str, Any], *, lease: Lease) -> None:
     """Write the dead letters of a run that exceeded its error budget; the set stays as it was."""
+    lease.check()
     publish_dead_letters(output, Ledger(output).latest(_COLUMNS, recipe=fingerprint(recipe)))
 
 
@@ -131,8 +130,8 @@ def _sample(output: str, manifest: Manifest) -> list[tuple[np.ndarray, np.ndarra
     return [(decode_blob(hr), decode_blob(lr)) for hr, lr in blobs]
 
 
-def _track(output: str, recipe: dict[str, Any], manifest: Manifest) -> None:
-    """Log the set to MLflow unless that was done. A store that is away costs no set: the next run logs it."""
+def track_set(output: str, manifest: Manifest) -> None:
+    """Log the set to MLflow as a run and a data set, unless that was done."""
     uri = storage.join(output, _LOGGED)
     if storage.exists(uri) and storage.read_bytes(uri).decode() == manifest.digest:
         return
@@ -144,6 +143,6 @@ def _track(output: str, recipe: dict[str, Any], manifest: Manifest) -> None:
         manifest,
         metrics={f"pairs_{split}": float(manifest.num_pairs(split)) for split in SPLITS},
         artifacts=[storage.join(output, name) for name in ("manifest.json", CARD, DEAD_LETTERS)],
-        params=recipe,
+        params=manifest.recipe,
     )
     storage.publish(uri, manifest.digest.encode())

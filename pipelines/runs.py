@@ -1,6 +1,7 @@
 """What a job returns, and the names of runs."""
 
 import json
+import os
 import secrets
 import time
 from dataclasses import asdict, dataclass, field
@@ -40,3 +41,12 @@ class TrainingFailed(RuntimeError):
 def new_run_id(job: str) -> str:
     """Return a run's name: job, UTC time, and random digits. It is never written into an output or a sidecar."""
     return f"{job}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
+
+
+def check_tracking() -> None:
+    """Raise ValueError for a job of a cluster that names no MLflow store: one in its own folder would go with it."""
+    if os.environ.get("RAY_ADDRESS") and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ValueError(
+            "MLFLOW_TRACKING_URI (not set) must name an MLflow server when the job runs on a cluster (RAY_ADDRESS is "
+            "set), or its models and runs would be lost with the job's folder; set it in the job's runtime environment"
+        )

@@ -144,7 +144,9 @@ class PictureScene:
         """As `Scene.window`; valid is where alpha is 255."""
         rasters.check_window(y, x, h, w, height=self.height, width=self.width)
         area = np.s_[y : y + h, x : x + w]
-        pixels = self._space.convert(self._picture.pixels[area], self._picture.icc)[:, :, self._bands]
+        pixels = self._space.convert(self._picture.pixels[area], self._picture.icc)
+        if self._bands != list(range(pixels.shape[2])):
+            pixels = pixels[:, :, self._bands]
         valid = None if self._picture.alpha is None else self._picture.alpha[area] == 255
         return np.ascontiguousarray(pixels), None if valid is None or valid.all() else valid
 

@@ -93,6 +93,8 @@ class Scorer:
         if item["place"]:
             hr_blob, data = read_pair(self.source, item["place"])
             hr, lr = decode_blob(hr_blob), decode_blob(data)
+            if {hr.dtype, lr.dtype} != {np.dtype(np.uint8)}:
+                raise Refused("score", "unsupported_mode", f"{hr.dtype} and {lr.dtype} samples; 8 bits are scored")
         else:
             data = read_source(self.source, item)
             pixels = decode(data).pixels

@@ -21,6 +21,7 @@ from pipelines import storage
 from pipelines.blobs import decode_blob
 from pipelines.engine import say
 from pipelines.manifest import Manifest, pinned_uri
+from pipelines.runs import check_tracking
 
 CHAMPION, PREVIOUS = "champion", "previous_champion"
 ROLLED_BACK = "diffsr.rolled_back"  # tag of a version that was champion and was rolled back from
@@ -34,11 +35,7 @@ def connect() -> mlflow.MlflowClient:
     A relative SQLite path is made absolute, so that workers in other folders mean the same store. Raises ValueError for
     a job of a cluster that names no store: its own folder, and a store in it, goes with the job.
     """
-    if os.environ.get("RAY_ADDRESS") and not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise ValueError(
-            "MLFLOW_TRACKING_URI (not set) must name an MLflow server when the job runs on a cluster (RAY_ADDRESS is "
-            "set), or its models and runs would be lost with the job's folder; set it in the job's runtime environment"
-        )
+    check_tracking()
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
