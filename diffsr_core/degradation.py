@@ -149,7 +149,7 @@ class Degradation:
     def parse(cls, text: str, scale: int) -> "Degradation":
         """Return the recipe of a name, or of JSON such as {"name": "jpeg", "settings": {"quality": [30, 60]}}.
 
-        Raises ValueError for other text, and as the recipe does.
+        What `to_json` gives is read back. Raises ValueError for other text or another scale, and as the recipe does.
         """
         if not text.startswith("{"):
             return cls(text, scale)
@@ -157,7 +157,9 @@ class Degradation:
             document = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"degradation is {text!r}: it must be a name or JSON ({error}); correct it") from None
-        settings = document.pop("settings", {})
+        settings, told = document.pop("settings", {}), document.pop("scale", scale)
+        if told != scale:
+            raise ValueError(f"scale is {scale}: the recipe {text!r} must be of that scale; give one without a scale")
         if document.keys() != {"name"} or not isinstance(settings, dict):
             raise ValueError(f"degradation is {text!r}: as JSON it must hold a name and may hold settings; correct it")
         return cls(document["name"], scale, settings)

@@ -116,7 +116,7 @@ def reading_snippets() -> dict[str, str]:
             "                  for s, t in shards)"
         ),
         "DuckDB": (
-            "SELECT p.* FROM read_parquet('data/*.parquet', filename = true) p\n"
+            "SELECT p.* FROM read_parquet('data/*.parquet', filename = true, union_by_name = true) p\n"
             "JOIN (SELECT unnest(shards) s FROM 'manifest.json') ON suffix(filename, s.name)\n"
             "WHERE NOT list_contains(s.dropped_sources::VARCHAR[], source_key)\n"
             "  AND NOT list_contains(s.dropped_pairs::VARCHAR[], pair_id)"

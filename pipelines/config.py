@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model, with_config
 from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic_settings.exceptions import SettingsError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -60,7 +61,7 @@ def parse(config_class: type[T], argv: Sequence[str], *, prog: str, examples: st
         words = vars(source.root_parser.parse_args(list(argv)))
         path, print_config = words.pop("config"), words.pop("print_config")
         settings = _load(path) if path is not None else {}
-        config = from_mapping(config_class, settings | source(parsed_args=words)())
+        config = from_mapping(config_class, settings | _given(source, words))
     except ValueError as error:
         print(f"{prog}: error: {error} (see {prog} --help)", file=sys.stderr)
         raise SystemExit(2) from None
@@ -68,6 +69,16 @@ def parse(config_class: type[T], argv: Sequence[str], *, prog: str, examples: st
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def _given(source: "CliSettingsSource[_Parser]", words: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the command line gives. Raises ValueError, in our words for a list that cannot be read."""
+    try:
+        return source(parsed_args=words)()
+    except SettingsError as error:
+        field = re.search(r'field "field_(\w+)"', str(error))
+        name = field[1] if field else "a setting"
+        raise ValueError(f"{name} ({_shown(words.get(name))}) must be numbers; {REMEDIES['tuple']}") from None
 
 
 def from_mapping(config_class: type[T], mapping: Mapping[str, object]) -> T:

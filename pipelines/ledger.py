@@ -122,8 +122,8 @@ class Ledger:
         when it is there: killed in between, it hides what is left of them, and nothing reads differently.
         """
         uris = self.segments()
-        numbers = [tuple(map(int, uri.rpartition("/")[2].removesuffix(".parquet").split("-"))) for uri in uris]
-        if len(uris) <= MAX_SEGMENTS or numbers[-1][0] > fence:  # a newer holder's: then it is not ours to compact
+        newest = uris[-1].rpartition("/")[2] if uris else ""
+        if len(uris) <= MAX_SEGMENTS or int(newest.partition("-")[0]) > fence:  # a newer holder's: not ours to compact
             return False
         keep = _is_last(self.rows(HISTORY), HISTORY)
         sink, start = io.BytesIO(), 0
@@ -132,10 +132,15 @@ class Ledger:
                 table = _read_segment(uri, columns=RECEIPT_SCHEMA.names)
                 writer.write_table(table.filter(keep.slice(start, table.num_rows)), row_group_size=ROW_GROUP_ROWS)
                 start += table.num_rows
-        self._publish(sink, fence=fence, number=1 + max((n for of, n in numbers if of == fence), default=-1))
+        self._publish(sink, fence=fence, number=self.next_number(fence))
         for uri in uris:
             storage.delete(uri)
         return True
+
+    def next_number(self, fence: int) -> int:
+        """Return the first number that no segment of this fence has."""
+        names = [uri.rpartition("/")[2].removesuffix(".parquet").split("-") for uri in self.segments()]
+        return 1 + max((int(number) for of, number in names if int(of) == fence), default=-1)
 
     def append(self, receipts: Sequence[Receipt], *, fence: int, number: int) -> None:
         """Write one segment. Its name is (fence, number), so two writers can never write the same one."""

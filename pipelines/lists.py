@@ -61,8 +61,10 @@ def _parquet(file: IO[bytes], source: str) -> Iterator[pa.RecordBatch]:
     )
     column = "uri" if "uri" in names else "url"
     columns = [name for name in (column, "etag", "size") if name in names]
+    twice = [name for name in columns if names.count(name) > 1]
+    check(not twice, "source", source, f"must have each column once, it has {twice} more often", "rename the others")
     nameless = 0
-    for batch in table.iter_batches(BATCH, columns=columns):
+    for batch in _batches(table, columns, source):
         try:
             keys = pc.cast(batch[column], pa.string())
             etags = pc.cast(batch["etag"], pa.string()) if "etag" in columns else pa.nulls(len(keys), pa.string())
@@ -77,6 +79,13 @@ def _parquet(file: IO[bytes], source: str) -> Iterator[pa.RecordBatch]:
         yield pa.record_batch([keys, given, sizes], schema=LISTING_SCHEMA).filter(named)
     if nameless:
         say(f"{nameless} rows of {source} have no {column} and are left out")
+
+
+def _batches(table: pq.ParquetFile, columns: list[str], source: str) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from table.iter_batches(BATCH, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"source ({source}) must be a whole Parquet file; copy it again: {error}") from None
 
 
 def _first_of_each(listing: pa.Table) -> pa.Table:

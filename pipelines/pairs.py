@@ -14,7 +14,7 @@ from pipelines.lease import Lease
 from pipelines.manifest import FORMAT, SPLITS, Manifest
 from pipelines.patches import TWIN, PairsWorker
 from pipelines.profiles import WorkingSpace
-from pipelines.publication import publish_failure, publish_set, track_set
+from pipelines.publication import publish_failure, publish_set, report_lost_shards, track_set
 from pipelines.runs import Summary, check_tracking, new_run_id
 from pipelines.work import BudgetExceeded, Work, forecast, run
 
@@ -90,7 +90,7 @@ class PairsConfig:
 
     def __post_init__(self) -> None:
         check(self.scale >= 1, "scale", self.scale, "must be at least 1", "use 2, 3, 4 or 8")
-        Degradation.parse(self.degradation, self.scale)
+        made_by = TWIN if self.lr_source is not None else Degradation.parse(self.degradation, self.scale).name
         check(
             self.patch >= self.scale and self.patch % self.scale == 0,
             "patch",
@@ -104,9 +104,15 @@ class PairsConfig:
         check(self.cpu_hour_price >= 0, "cpu_hour_price", self.cpu_hour_price, "must be at least 0", "use 0.05")
         for name, usual in (("max_per_image", 64), ("num_workers", 1)):
             check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1", f"use {usual}")
-        for name, default in (("max_megapixels", 100), ("max_raster_megapixels", 4000), ("max_misalignment", 0.5),
-                              ("unit_megabytes", 64), ("max_seconds", 120)):  # fmt: skip
-            check(getattr(self, name) > 0, name, getattr(self, name), "must be above 0", f"use {default}")
+        limits = {"max_megapixels": (1e-6, 1e6, 100.0), "max_raster_megapixels": (1e-6, 1e6, 4000.0)}
+        limits |= {
+            "max_misalignment": (1e-6, 1e3, 0.5),
+            "unit_megabytes": (1e-6, 1e6, 64),
+            "max_seconds": (1e-3, 1e6, 120),
+        }
+        for name, (least, most, default) in limits.items():
+            value = getattr(self, name)
+            check(least <= value <= most, name, value, f"must be from {least:g} to {most:g}", f"use {default}")
         for name, share in (("max_dead_share", 0.2), ("max_gone_share", 0.5)):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be from 0 to 1", f"use {share}")
         for name in ("val_share", "test_share"):
@@ -119,8 +125,7 @@ class PairsConfig:
         ordered = len(self.value_range) == 2 and self.value_range[0] < self.value_range[-1]
         check(not self.value_range or ordered, "value_range", self.value_range,
               "must be two numbers, the lower first", "use 0,10000")  # fmt: skip
-        full = Degradation.parse(self.degradation, self.scale).name not in ("noise", "jpeg", "real")
-        check(not self.value_range or full, "value_range", self.value_range,
+        check(not self.value_range or made_by not in ("noise", "jpeg", "real"), "value_range", self.value_range,
               f"must be left out with {self.degradation}, whose levels are of the whole range of the samples",
               "use bicubic, bilinear or blur-bicubic")  # fmt: skip
         if self.lr_source is not None:
@@ -135,16 +140,21 @@ class PairsConfig:
         return Corpus(source=self.source, lr_source=self.lr_source or "", lr_name=self.lr_name)
 
     def space(self) -> WorkingSpace:
-        """Return the working space, its profile read where it has one. Raises ValueError and OSError."""
-        icc = None if self.working_space in ("srgb", "native") else storage.read_bytes(self.working_space)
-        return WorkingSpace.parse(self.working_space, icc)
+        """Return the working space, its profile read where it has one. Raises ValueError."""
+        if self.working_space in ("srgb", "native"):
+            return WorkingSpace(self.working_space)
+        check(storage.exists(self.working_space), "working_space", self.working_space,
+              "must be srgb, native or the URI of an ICC profile that exists", "use srgb")  # fmt: skip
+        return WorkingSpace.parse(self.working_space, storage.read_bytes(self.working_space))
 
     def recipe(self, space: WorkingSpace) -> dict[str, Any]:
         """Return the settings that decide the pairs."""
-        degradation = Degradation.parse(self.degradation, self.scale)
-        document = {"name": degradation.name, "settings": degradation.settings}
-        # Settings are written out: the defaults of another version are another recipe.
-        made_by = TWIN if self.lr_source else json.dumps(document) if degradation.settings else degradation.name
+        made_by = TWIN
+        if self.lr_source is None:
+            degradation = Degradation.parse(self.degradation, self.scale)
+            document = {"name": degradation.name, "settings": degradation.settings}
+            # Settings are written out: the defaults of another version are another recipe.
+            made_by = json.dumps(document) if degradation.settings else degradation.name
         return {
             "format": FORMAT,
             **{name: getattr(self, name) for name in ("scale", "patch", "crops", "max_per_image", "min_deviation")},
@@ -192,6 +202,7 @@ def make_pairs(config: PairsConfig) -> Summary:
                        metrics={"source_bytes": float(ahead.todo_bytes), **found.metrics})  # fmt: skip
     run_id = new_run_id("pairs")
     with Lease(config.output, run_id=run_id) as lease:
+        report_lost_shards(config.output, recipe, lease=lease)
         try:
             outcome = run(work, make=PairsWorker, arguments=arguments, engine=config.engine,
                           num_workers=config.num_workers, run_id=run_id, lease=lease, label="pairs")  # fmt: skip

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from pipelines import storage
 from pipelines.blobs import codec_of, encode_blob
 from pipelines.config import fingerprint
 from pipelines.corpus import Corpus, Original
+from pipelines.crops import corners, hashed, num_cells, split_of
 from pipelines.deadline import time_limit
 from pipelines.duplicates import near_duplicates, perceptual_hash
 from pipelines.engine import Enter
@@ -154,11 +154,11 @@ class PairsWorker:
         }
         dropped: Counter[str] = Counter()
         made: list[dict[str, Any]] = []
-        for y, x in self._corners(scene, original.digest):
-            if len(made) == self.recipe["max_per_image"]:
-                dropped["dropped_over_limit"] += 1
-                continue
-            side = self.recipe["patch"]
+        side, most, tried = self.recipe["patch"], self.recipe["max_per_image"], 0
+        for y, x in corners(scene.height, scene.width, self.recipe, digest=original.digest):
+            if len(made) == most:
+                break
+            tried += 1
             hr, valid = scene.window(y, x, side, side)
             lr, usable = None, valid is None or bool(valid.all())
             if twin is not None:
@@ -173,34 +173,19 @@ class PairsWorker:
                 dropped["dropped_flat"] += 1
                 continue
             pair = self._pair(row["key"], original.digest, y, x, hr, lr, value_range=value_range)
-            if scene.kept and (scene.height, scene.width) == (side, side):  # no pixel changed: nor do the bytes
+            whole = (scene.height, scene.width) == (side, side)
+            if scene.kept and whole and original.size <= hr.nbytes:  # no pixel changed: nor do the bytes
                 pair |= {"hr": original.read(), "hr_codec": scene.format.lower()}
             made.append({**source, **measures, **pair})
-        if not made and not dropped:
-            dropped["dropped_too_small"] += 1
+        if not tried:
+            dropped["dropped_too_small"] = 1
+        elif self.recipe["crops"] == "grid" and (left := num_cells(scene.height, scene.width, side) - tried):
+            dropped["dropped_over_limit"] = left
         made.sort(key=lambda pair: (pair["crop"]["y"], pair["crop"]["x"]))
         unique = self._without_copies(made)
         if len(unique) < len(made):
             dropped["dropped_duplicate"] += len(made) - len(unique)
         return unique, dropped
-
-    def _corners(self, scene: Scene, digest: str) -> Iterator[tuple[int, int]]:
-        """Yield the corners of candidate patches in an order that is a function of the seed and the content."""
-        side, scale, seed = self.recipe["patch"], self.recipe["scale"], self.recipe["seed"]
-        height, width = scene.height - side, scene.width - side
-        if height < 0 or width < 0:
-            return
-        if self.recipe["crops"] == "grid":
-            cells = [(y, x) for y in range(0, height + 1, side) for x in range(0, width + 1, side)]
-            yield from sorted(cells, key=lambda c: _hash(f"{seed} {digest} {c[0]} {c[1]}"))
-            return
-        # Twice as many as are wanted: flat ones are replaced, and an image of nothing but sky comes to an end.
-        places = ((height // scale + 1), (width // scale + 1))
-        drawn = (_hash(f"{seed} {digest} random {index}") for index in range(2 * self.recipe["max_per_image"]))
-        corners = (
-            (int.from_bytes(h[:8]) % places[0] * scale, int.from_bytes(h[8:16]) % places[1] * scale) for h in drawn
-        )
-        yield from dict.fromkeys(corners)
 
     def _pair(
         self,
@@ -218,7 +203,7 @@ class PairsWorker:
         degradation = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
         if self.degradation is not None:
             degradation = self.degradation.to_json()
-            seed = int.from_bytes(_hash(f"{self.recipe['seed']} {digest} {y} {x}")[:7])
+            seed = int.from_bytes(hashed(f"{self.recipe['seed']} {digest} {y} {x}")[:7])
             try:
                 lr = self.degradation.apply(hr, seed=seed, jpeg=jpeg_codec)
             except ValueError as error:  # the recipe was checked: these pixels are not for it
@@ -226,7 +211,7 @@ class PairsWorker:
         assert lr is not None
         codec = self.recipe["codec"]
         return {
-            "pair_id": _hash(f"{self.fingerprint} {key} {digest} {y} {x}").hex()[:32],
+            "pair_id": hashed(f"{self.fingerprint} {key} {digest} {y} {x}").hex()[:32],
             "crop": {"y": y, "x": x, "h": hr.shape[0], "w": hr.shape[1]},
             "hr": encode_blob(hr, codec),
             "lr": encode_blob(lr, codec),
@@ -281,15 +266,3 @@ class PairsWorker:
         lr, lr_valid = twin.window(y, x, height, width)
         found = check_twins(hr, lr, scale=scale, max_shift=most, hr_valid=hr_valid, lr_valid=lr_valid)
         return max(math.hypot(*grids), math.hypot(found.dy, found.dx))
-
-
-def split_of(digest: str, *, val_share: float, test_share: float) -> str:
-    """Return the split of a source from its content's hash: stable as the corpus grows; copies land together."""
-    position = int(digest[:12], 16) / 16**12
-    if position < val_share:
-        return "val"
-    return "test" if position < val_share + test_share else "train"
-
-
-def _hash(text: str) -> bytes:
-    return blake2b(text.encode()).digest()

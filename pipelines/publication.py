@@ -20,7 +20,7 @@ from pipelines.commit import build_manifest, publish_manifest
 from pipelines.config import fingerprint
 from pipelines.engine import say
 from pipelines.lease import Lease
-from pipelines.ledger import GONE, Ledger
+from pipelines.ledger import GONE, OUTPUT_LOST, Ledger, Receipt
 from pipelines.manifest import SPLITS, Manifest, load_manifest
 from pipelines.reader import find_pairs, iter_tables
 from pipelines.statistics import COLUMNS, SAMPLE_COLUMNS, aggregate, choose
@@ -42,6 +42,24 @@ def publish_set(output: str, recipe: dict[str, Any], *, lease: Lease) -> Manifes
     return committed
 
 
+def report_lost_shards(output: str, recipe: dict[str, Any], *, lease: Lease) -> None:
+    """Record the sources whose shard is not there any more as lost: the run that follows makes their pairs again."""
+    ledger = Ledger(output)
+    receipts = ledger.latest(["key", "etag", "size", "recipe", "status", "out_key"], recipe=fingerprint(recipe))
+    there = pa.array([f"data/{name}" for name in storage.list_names(storage.join(output, "data"))], pa.string())
+    absent = pc.invert(pc.is_in(receipts["out_key"], value_set=there))
+    lost = receipts.filter(pc.and_(pc.equal(receipts["status"], "done"), absent)).drop_columns(["status", "order"])
+    if lost.num_rows:
+        say(
+            f"pairs: {len(pc.unique(lost['out_key']))} shards are missing: their {lost.num_rows} sources are read again"
+        )
+        verdict: dict[str, Any] = {"status": "dead", "stage": "verify", "reason": OUTPUT_LOST, "fence": lease.fence}
+        verdict |= {"run_id": lease.run_id, "message": "its shard is missing"}
+        lease.check()
+        made = [Receipt(**row, **verdict) for row in lost.to_pylist()]
+        ledger.append(made, fence=lease.fence, number=ledger.next_number(lease.fence))
+
+
 def publish_dead_letters(output: str, receipts: pa.Table) -> None:
     """Write the table of the sources that could not be used, sorted by key: what a person reads after a bad night."""
     letters = receipts.filter(pc.equal(receipts["status"], "dead")).select(_LETTER).sort_by("key")
@@ -53,6 +71,7 @@ def publish_dead_letters(output: str, receipts: pa.Table) -> None:
 def publish_failure(output: str, recipe: dict[str, Any], *, lease: Lease) -> None:
     """Write the dead letters of a run that exceeded its error budget; the set stays as it was."""
     lease.check()
+    storage.delete(storage.join(output, _MARK))  # they are not those of the committed set: it is to write its own again
     publish_dead_letters(output, Ledger(output).latest(_COLUMNS, recipe=fingerprint(recipe)))
 
 

@@ -193,7 +193,8 @@ class RasterScene:
             raise Refused(
                 "decode", "unsupported_mode", f"{header.samples} samples, of which some say not what they are"
             )
-        if photograph and not bands and header.extras:  # as Pillow does: unnamed samples beside the colours are none
+        many = header.colours == GREY and (header.extras or 0) > 1  # bands that a writer had no name for
+        if photograph and not bands and header.extras and not many:  # as Pillow does: unnamed beside colours are none
             available = available[: 1 if header.colours == GREY else 3]
         self._icc = header.icc if self._space.name != "native" or header.colours == CMYK else None
         convert = bool(self._icc or self._space.icc) or header.colours == CMYK

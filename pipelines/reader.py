@@ -180,13 +180,15 @@ def iter_tables(pairs: str, manifest: Manifest, columns: list[str]) -> Iterator[
 def _read_columns(root: str, shard: Shard, columns: list[str]) -> pa.Table:
     with _open(root, shard, block_bytes=2**18) as handle:
         if (size := handle.seek(0, 2)) != shard.bytes:
-            raise ValueError(f"shard ({shard.name}) must have {shard.bytes} bytes, not {size}; it was altered")
+            raise ValueError(
+                f"shard ({shard.name}) must have {shard.bytes} bytes, not {size}; delete it and run make_pairs.py again"
+            )
         try:
             file = pq.ParquetFile(handle, page_checksum_verification=True)
             table = file.read(columns=sorted({*columns, *columns_that_decide(shard)}), use_threads=False)
         except pa.ArrowInvalid as error:
             raise ValueError(
-                f"shard ({shard.name}) must be a Parquet file of pairs; it was altered: {error}"
+                f"shard ({shard.name}) must be a Parquet file of pairs; delete it and run make_pairs.py again: {error}"
             ) from error
     rows = rows_that_count(table, shard)
     table = table.select(columns)
@@ -212,7 +214,9 @@ def _open(root: str, shard: Shard, *, block_bytes: int = 5 * 2**20) -> Iterator[
     try:
         handle = storage.open_file(storage.join(root, shard.name), block_bytes=block_bytes)
     except FileNotFoundError:
-        raise ValueError(f"shard ({shard.name}) must lie below {root}; it is missing: make the set again") from None
+        raise ValueError(
+            f"shard ({shard.name}) must lie below {root}; it is missing: run make_pairs.py again"
+        ) from None
     with handle:
         yield handle
 
@@ -222,7 +226,9 @@ def _open_verified(pairs: str, shard: Shard) -> Iterator[pq.ParquetFile]:
     """Give the shard, open, once its hash was found right; it streams through, and is never in memory whole."""
     with _open(root_of(pairs), shard) as handle:
         if hashlib.file_digest(handle, "sha256").hexdigest() != shard.sha256:
-            raise ValueError(f"shard ({shard.name}) must have sha256 {shard.sha256}; it was altered: make it again")
+            raise ValueError(
+                f"shard ({shard.name}) must have sha256 {shard.sha256}; delete it and run make_pairs.py again"
+            )
         yield pq.ParquetFile(handle)
 
 

@@ -135,6 +135,10 @@ def run(
                 say(f"{label}: an interrupted plan is larger than limit ({work.limit}) and is given up")
                 storage.delete(plan.uri)
                 continue
+            if left and not _holds(plan, left, work.listing()):
+                say(f"{label}: sources of an interrupted plan have changed since; the rest of it is planned anew")
+                storage.delete(plan.uri)
+                continue
             say(f"{label}: an interrupted plan is continued, {len(left)} of {plan.num_units} units are left")
             outcome.resumed_units += len(left)
             execute(plan, left)
@@ -154,6 +158,8 @@ def run(
         say(f"{label}: {ahead.todo} new or changed of {ahead.listed} assets, in {plan.num_units} units")
         execute(plan, list(range(plan.num_units)))
         storage.delete(plan.uri)
+    elif not ahead.listed:
+        say(f"{label}: the source holds no object with the name of an image")
     elif work.limit is None:
         say(f"{label}: nothing to do, all {ahead.listed} assets are accounted for")
     _check_ledger(outcome, work, ahead.keys)
@@ -172,6 +178,14 @@ def _units_left(plan: Plan, ledger: Ledger) -> list[int]:
     since = rows.filter(pc.greater_equal(rows["fence"], plan.fence))
     ended = set(pc.unique(since["unit_id"]).to_pylist())
     return [index for index, unit_id in enumerate(plan.unit_ids()) if unit_id not in ended]
+
+
+def _holds(plan: Plan, indices: list[int], listing: pa.Table) -> bool:
+    """Return whether every asset of these units is still listed as it was planned."""
+    planned = pa.concat_tables([plan.file.read_row_group(index, columns=["key", "etag"]) for index in indices])
+    place = pc.index_in(planned["key"], value_set=listing["key"])
+    same = _count(pc.fill_null(pc.equal(listing["etag"].take(place), planned["etag"]), False))
+    return same == int(planned.num_rows)
 
 
 def _collect(
@@ -234,7 +248,7 @@ class _Writer:
     def __init__(self, ledger: Ledger, lease: Lease, run_id: str) -> None:
         self.ledger, self.lease, self.run_id = ledger, lease, run_id
         self.buffer: list[Receipt] = []
-        self.number = 0
+        self.number = ledger.next_number(lease.fence)
         self.flushed = time.monotonic()
 
     def add(self, receipts: list[Receipt]) -> None:

@@ -356,3 +356,11 @@ def test_mistakes_are_refused_by_name() -> None:
             Degradation("noise", 2).apply(random_pixels(*shape), seed=0)
     with pytest.raises(ValueError, match="width is 9 px: it must be a positive multiple of scale 2"):
         Degradation("real", 2).apply(random_pixels(8, 9, 3), seed=0, jpeg=identity)
+
+
+@pytest.mark.parametrize("name", sorted(DEGRADATIONS))
+def test_what_a_recipe_says_of_itself_is_read_back(name):
+    recipe = Degradation(name, 4)
+    assert Degradation.parse(recipe.to_json(), 4) == recipe
+    with pytest.raises(ValueError, match="scale is 2"):
+        Degradation.parse(recipe.to_json(), 2)

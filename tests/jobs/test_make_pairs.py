@@ -8,8 +8,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.cli import parse
 from pipelines.ledger import Ledger
-from pipelines.manifest import load_manifest
+from pipelines.manifest import SPLITS, load_manifest
+from pipelines.reader import PairReader
 from tests.jobs.conftest import PAIRS_FLAGS, Ran, photograph, png, run, run_until_killed, tree
 
 
@@ -152,3 +154,38 @@ def test_a_file_that_kills_its_worker_on_ray_becomes_a_dead_letter(archive: Path
     rows = {row["key"]: row for row in Ledger(str(tmp_path / "set")).latest().to_pylist()}
     assert (rows["coins.png"]["status"], rows["coins.png"]["reason"]) == ("dead", "worker_died")
     assert sum(row["status"] == "done" for row in rows.values()) == 5
+
+
+def test_a_shard_that_was_lost_is_made_again(archive: Path, tmp_path: Path, call: Callable[..., Ran]) -> None:
+    flags = ["--source", archive, "--output", tmp_path / "set", "--engine", "local", *PAIRS_FLAGS]
+    assert call("make_pairs", *flags).code == 0
+    before = tree(tmp_path / "set")
+    (shard,) = (tmp_path / "set" / "data").iterdir()
+    shard.unlink()
+    again = call("make_pairs", *flags)
+    assert (again.code, again.summary["done"], again.summary["unchanged"]) == (0, 6, 1)
+    assert "1 shards are missing: their 6 sources are read again" in again.stderr
+    manifest = load_manifest(str(tmp_path / "set"))
+    assert {split: manifest.num_pairs(split) for split in SPLITS} == json.loads(before["manifest.json"])["pairs"]
+    reader = PairReader(str(tmp_path / "set"), manifest, "train", seed=0)
+    assert reader.pair(0)[0].shape[:2] == (32, 32)
+
+
+def test_dead_letters_are_those_of_the_set_after_another_recipe_failed(
+    archive: Path, tmp_path: Path, call: Callable[..., Ran]
+) -> None:
+    flags = ["--source", archive, "--output", tmp_path / "set", "--engine", "local", *PAIRS_FLAGS]
+    assert call("make_pairs", *flags).code == 0
+    letters = (tmp_path / "set" / "dead_letters.parquet").read_bytes()
+    assert call("make_pairs", *flags, "--max-megapixels", "0.001").code == 3
+    assert (tmp_path / "set" / "dead_letters.parquet").read_bytes() != letters
+    assert call("make_pairs", *flags).code == 0
+    assert (tmp_path / "set" / "dead_letters.parquet").read_bytes() == letters
+
+
+@pytest.mark.parametrize("value", ["0,inf", "a,b", "5", "5,1", "1,2,3"])
+def test_a_wrong_range_is_told_by_its_name(value: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("make_pairs", ["--source", "a", "--output", "b", "--value-range", value])
+    assert caught.value.code == 2
+    assert "error: value_range (" in capfd.readouterr().err

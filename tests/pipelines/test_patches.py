@@ -16,6 +16,7 @@ from diffsr_core.family import ModelConfig, SuperResolver
 from diffsr_core.networks.rrdb import RRDBConfig
 from pipelines.blobs import decode_blob
 from pipelines.config import fingerprint
+from pipelines.crops import shuffled
 from pipelines.evaluation import EvaluateConfig
 from pipelines.images import jpeg_codec
 from pipelines.pairs import PairsConfig, make_pairs
@@ -135,3 +136,18 @@ def test_scoring_makes_the_same_lr_for_whoever_asks_and_another_for_other_conten
         lr = scorer.images({"key": item.key, "etag": item.etag, "place": ""})["lr"]
         assert np.array_equal(lr, recipe.apply(hr, seed=seed, jpeg=jpeg_codec))
     assert len(seeds) == len(dataset.items) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 100, 1000])
+def test_a_shuffle_names_each_number_once_in_an_order_of_its_key(count):
+    orders = [list(shuffled(count, key)) for key in ("a", "b")]
+    for order in orders:
+        assert sorted(order) == list(range(count))
+    assert count < 16 or orders[0] != orders[1] != list(range(count))
+    assert list(shuffled(count, "a")) == orders[0]
+
+
+def test_a_shuffle_is_even_and_begins_at_once():
+    first = [next(shuffled(4, f"key {index}")) for index in range(4000)]
+    assert all(abs(first.count(value) - 1000) < 150 for value in range(4))  # 5 deviations of a binomial
+    assert next(shuffled(10**12, "key")) < 10**12

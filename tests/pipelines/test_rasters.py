@@ -337,6 +337,12 @@ def test_unnamed_samples_beside_the_colours_are_no_channel_of_a_photograph_but_a
     assert refusal(bytes(nameless), max_pixels=1).reason == "too_large"
 
 
+def test_bands_without_a_name_beside_grey_are_bands():
+    samples = noise(5, 9, 9, dtype="uint8")
+    with opened(raster(samples, photometric="MINISBLACK", alpha="NO", transform=PLAIN)) as scene:
+        np.testing.assert_array_equal(whole(scene)[0], np.moveaxis(samples, 0, 2))
+
+
 def test_more_pages_than_one_are_refused_and_overviews_and_masks_are_none(tmp_path):
     pages = file_of(Image.fromarray(noise(9, 9, 1)[:, :, 0]), "TIFF", save_all=True, append_images=[RGB])
     assert refusal(pages).reason == "multipage"

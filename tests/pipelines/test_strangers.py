@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipelines import shards as module
 from pipelines.commit import build_manifest, publish_manifest
+from pipelines.ledger import GONE
 from pipelines.manifest import PAIR_SCHEMA, SPLITS
 from pipelines.shards import ShardWriter
 from tests.pipelines.tiny_sets import RECIPE, SCALE, SIDE, HandSet, make_row, noise
@@ -59,7 +60,8 @@ def pairs(tmp_path_factory, pixels):
                 published = writer.publish(f"{root}/data/{name}.parquet")
             fields = {"out_key": f"data/{name}.parquet", "out_bytes": published.bytes, "out_sha256": published.sha256}
             hand.receipts(*[f"{name}-{key}" for key in SOURCES], **fields)
-    manifest, _ = build_manifest(str(root), hand.ledger, hand.recipe, gone=pa.array(["a-gone.png", "b-gone.png"]))
+    hand.receipts("a-gone.png", "b-gone.png", status="skipped", stage="list", reason=GONE)
+    manifest, _ = build_manifest(str(root), hand.ledger, hand.recipe)
     publish_manifest(str(root), manifest)
     assert all(pa.parquet.ParquetFile(root / shard.name).num_row_groups >= 2 for shard in manifest.shards)
     assert all(shard.dropped_sources for shard in manifest.shards) and manifest.shards[1].dropped_pairs

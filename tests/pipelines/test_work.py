@@ -506,3 +506,12 @@ def test_what_the_run_keeps_for_itself_is_never_taken_for_a_source(bench):
     storage.publish(storage.join(inside.output, "_diffsr", "x.png"), b"ours")
     assert forecast(inside).listed == 10
     assert json.loads((bench.source / "_diffsr" / "lease.json").read_bytes())["fence"] == 1
+
+
+def test_an_interrupted_plan_whose_sources_have_changed_is_planned_anew(bench):
+    with pytest.raises(Killed):
+        bench.run(after=dies_at(4))
+    for index in range(3, 10):
+        bench.put(f"{index:02d}.png", f"good anew {index}")
+    outcome = bench.run(max_dead_share=0.0)
+    assert outcome.dead == 0 and outcome.resumed_units == 0 and bench.num_plans() == 0
