@@ -28,6 +28,7 @@ IN_SET = "duplicate_in_set"  # found by the commit, not by a unit
 # What became of patches, by the code in a receipt's metrics.
 DROPS = {
     "flat": "flat: next to nothing to see in them",
+    "flat_twin": "flat in the real LR",
     "invalid": "not valid everywhere: transparent, or without data",
     "duplicate": "near copy of another patch of its own image",
     IN_SET: "near copy of a patch of another image",

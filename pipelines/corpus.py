@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -39,7 +38,7 @@ Row = dict[str, Any]
 
 class Original(NamedTuple):
     """The content of one object: SHA-256 in hexadecimal, size in bytes, and the bytes, or above SPOOL_BYTES the path of
-    a temporary file, which lives as long as the fetch."""
+    a temporary file (/dev/fd/...), which lives as long as the fetch."""
 
     digest: str
     size: int
@@ -223,9 +222,10 @@ def _download(key: str, uri: str, etag: str | None) -> Original:
             break
     else:
         return Original(digest.hexdigest(), size, b"".join(held), None)
-    descriptor, path = tempfile.mkstemp(prefix="diffsr-")
+    descriptor, name = tempfile.mkstemp(prefix="diffsr-")
+    os.unlink(name)  # it lives as long as the descriptor: a process that is killed leaves nothing behind
     try:
-        with open(descriptor, "wb") as file:  # a disk that is full is no fault of the object, and ends the job
+        with open(descriptor, "wb", closefd=False) as file:  # a full disk is no fault of the object, and ends the job
             for piece in held:
                 file.write(piece)
             held.clear()
@@ -234,9 +234,9 @@ def _download(key: str, uri: str, etag: str | None) -> Original:
                 size += len(piece)
                 file.write(piece)
     except BaseException:
-        os.unlink(path)
+        os.close(descriptor)
         raise
-    return Original(digest.hexdigest(), size, None, path)
+    return Original(digest.hexdigest(), size, None, f"/dev/fd/{descriptor}")
 
 
 @contextmanager
@@ -245,7 +245,7 @@ def _lent(original: Original) -> Iterator[Original]:
         yield original
     finally:
         if original.path is not None:
-            Path(original.path).unlink(missing_ok=True)
+            os.close(int(original.path.rpartition("/")[2]))
 
 
 def _ahead(

@@ -160,8 +160,9 @@ def evaluate(config: EvaluateConfig) -> Summary:
     if dead > max(1, config.max_dead_share * len(rows)):  # one bad file never fails a job (law 1)
         first = next(row for row in rows if row["reason"])
         raise BudgetExceeded(
-            f"images without a score ({dead} of {len(rows)}) must stay within max_dead_share ({config.max_dead_share}); "
-            f"{first['key']!r}: {first['reason']}, {first['message']}; read their reasons in {outputs[0]}, mend the cause, then evaluate again",
+            f"images without a score ({dead} of {len(rows)}) must stay within max_dead_share "
+            f"({config.max_dead_share}); the first is {first['key']!r}: {first['reason']}, {first['message']}; read "
+            f"all of them in {outputs[0]}, mend the cause, then evaluate again",
             {"inputs": len(rows), "done": len(rows) - dead, "skipped": 0, "dead": dead},
         )
     if not metrics:

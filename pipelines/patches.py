@@ -34,6 +34,7 @@ from pipelines.statistics import measure
 from pipelines.twins import check_transforms, check_twins, twin_window
 
 Fetched = Original | Refused
+FLAT_TWIN = 0.5  # levels of 255: a real LR that shows less is a sensor's gap, whatever HR shows
 TWIN = "twin"  # the degradation of pairs whose LR is a source of its own
 
 
@@ -168,6 +169,11 @@ class PairsWorker:
             if not usable:
                 dropped["dropped_invalid"] += 1
                 continue
+            if lr is not None and twin is not None:
+                seen = measure(lr, value_range=self._value_range(twin))
+                if max(seen["deviation"]) < min(FLAT_TWIN, self.recipe["min_deviation"]):
+                    dropped["dropped_flat_twin"] += 1
+                    continue
             measures = measure(hr, value_range=value_range)
             if max(measures["deviation"]) < self.recipe["min_deviation"]:
                 dropped["dropped_flat"] += 1

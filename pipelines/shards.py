@@ -6,8 +6,7 @@ are kept of scalar columns only. The same rows give the same bytes.
 
 import hashlib
 import json
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -35,8 +34,8 @@ class ShardWriter:
     """A context manager: `add` rows of PAIR_SCHEMA, then `publish`. What was not published leaves nothing behind."""
 
     def __init__(self, recipe: dict[str, Any]) -> None:
-        self._folder = TemporaryDirectory(prefix="diffsr-")
-        self._path = Path(self._folder.name) / "shard.parquet"
+        # Without a name: a process that is killed leaves nothing behind.
+        self._file = TemporaryFile(prefix="diffsr-")  # noqa: SIM115
         self._schema = PAIR_SCHEMA.with_metadata(
             {"diffsr.format": str(FORMAT), "diffsr.recipe": json.dumps(recipe, sort_keys=True)}
         )
@@ -51,7 +50,7 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._writer is not None:
             self._writer.close()
-        self._folder.cleanup()
+        self._file.close()
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Take rows; write a row group whenever ROW_GROUP_BYTES of blobs have come together."""
@@ -68,17 +67,19 @@ class ShardWriter:
         assert self._writer is not None, "a shard without rows is not published"
         self._writer.close()
         self._writer = None
-        with self._path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        storage.publish_file(uri, self._path)
-        return Published(sha256, self._path.stat().st_size)
+        size = self._file.seek(0, 2)
+        self._file.seek(0)
+        sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
+        self._file.seek(0)
+        storage.publish_file(uri, f"/dev/fd/{self._file.fileno()}")
+        return Published(sha256, size)
 
     def _flush(self) -> None:
         if not self._rows:
             return
         if self._writer is None:
             self._writer = pq.ParquetWriter(
-                self._path,
+                self._file,
                 self._schema,
                 compression={leaf: "NONE" if leaf in BLOBS else "ZSTD" for leaf in _leaves()},
                 use_dictionary=_REPEATED,

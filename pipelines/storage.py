@@ -293,6 +293,10 @@ def _put_local(path: str, source: IO[bytes], *, replace: bool) -> bool:
         if replace:
             raise
         return False
+    except OSError as error:
+        if error.filename is None:  # as of a full disk: of what, the system does not say
+            raise OSError(error.errno, error.strerror, path) from error
+        raise
     finally:
         Path(temporary).unlink(missing_ok=True)
     _sync_folder(folder)
@@ -333,11 +337,16 @@ def _list_local(root: str, wanted: tuple[str, ...]) -> Iterator[StoredObject]:
             ordered = sorted(entries, key=lambda entry: entry.name)
         for entry in ordered:
             key = prefix + entry.name
-            if _is_wanted(key, wanted) and os.path.isfile(entry.path):
+            if _is_wanted(key, wanted) and (os.path.isfile(entry.path) or _is_dangling(entry.path)):
                 yield from _local_object(key, entry.path)
         for entry in reversed(ordered):  # os.path, as the entry's own methods raise for a link to itself
             if os.path.isdir(entry.path) and prefix + entry.name != OWN_FOLDER:
                 pending.append((f"{prefix}{entry.name}/", os.path.realpath(entry.path)))
+
+
+def _is_dangling(path: str) -> bool:
+    """Return whether a link leads nowhere: somebody's image was meant, and reading it will say what is wrong."""
+    return os.path.islink(path) and not os.path.exists(path)
 
 
 def _local_object(key: str, path: str) -> Iterator[StoredObject]:

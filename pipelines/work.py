@@ -218,7 +218,8 @@ def _gone(work: Work, listed: pa.ChunkedArray, max_share: float) -> list[Receipt
     known = latest.filter(pc.not_equal(latest["reason"], GONE))
     absent = known.filter(pc.invert(pc.is_in(known["key"], value_set=listed)))
     lost, had = (_count(pc.equal(table["status"], "done")) for table in (absent, known))
-    if lost > max(1, max_share * had):  # dead letters may go: to take rotten files away is a remedy
+    # Dead letters may go: to take rotten files away is a remedy. That one source goes is allowed, that all go is not.
+    if lost > max(1, max_share * had) or (lost == had > 0 and max_share < 1):
         raise ValueError(
             f"sources that are gone ({lost} of {had}) must be at most max_gone_share ({max_share}) of those that were "
             "done; correct --source, or allow it with --max-gone-share 1"

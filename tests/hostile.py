@@ -50,6 +50,9 @@ def make(folder: Path) -> dict[str, Expected]:
     expected["no utf-8 \\udcff.png"] = frozenset({"name_not_utf8"})
     os.mkfifo(folder / "a pipe.png")  # who opens it waits for ever
     (folder / "a link to itself.png").symlink_to("a link to itself.png")
+    expected["a link to itself.png"] = frozenset({"io_error"})
+    (folder / "a link to nowhere.png").symlink_to("nowhere.png")
+    expected["a link to nowhere.png"] = frozenset({"missing"})
     if os.geteuid():
         (folder / "unreadable.png").write_bytes(png(9_001))
         (folder / "unreadable.png").chmod(0)

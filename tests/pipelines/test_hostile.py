@@ -36,7 +36,7 @@ def outcome(path: Path) -> str:
 
 def readable(expected: dict[str, hostile.Expected]) -> dict[str, hostile.Expected]:
     """Return the files that a reader can get the bytes of; the others are refused before any decoding."""
-    unread = (frozenset({"name_not_utf8"}), frozenset({"io_error"}))
+    unread = [frozenset({reason}) for reason in ("name_not_utf8", "io_error", "missing")]
     return {name: what for name, what in expected.items() if what not in unread}
 
 

@@ -153,7 +153,9 @@ def test_link_loops_end_and_each_real_folder_is_listed_once(tmp_path):
     (root / "self").symlink_to(root / "self")
     (root / "dangling.png").symlink_to(root / "nowhere")
     (root / "linked.png").symlink_to(root / "real" / "a.png")
-    assert keys(root) == ["linked.png", "out/b.png", "real/a.png"]
+    assert keys(root) == ["dangling.png", "linked.png", "self", "out/b.png", "real/a.png"]
+    lost = {found.key for found in storage.list_objects(root) if found.etag == "unreadable"}
+    assert lost == {"dangling.png", "self"}  # a link that leads nowhere is somebody's loss, not silence
 
 
 def test_an_unreadable_file_is_listed_and_does_not_end_the_listing(tmp_path, monkeypatch):
