@@ -12,7 +12,7 @@ from pipelines.cli import parse
 from pipelines.ledger import Ledger
 from pipelines.manifest import SPLITS, load_manifest
 from pipelines.reader import PairReader
-from tests.jobs.conftest import PAIRS_FLAGS, Ran, photograph, png, run, run_until_killed, tree
+from tests.jobs.conftest import PAIRS_FLAGS, Ran, photograph, png, run, tree
 
 
 def test_every_input_is_accounted_for_and_a_rotten_one_has_a_reason(archive: Path, pairs: Path) -> None:
@@ -36,23 +36,6 @@ def test_a_dry_run_counts_and_writes_nothing(archive: Path, tmp_path: Path, call
     planned = call("make_pairs", "--source", archive, "--output", output, "--dry-run", *PAIRS_FLAGS)
     assert (planned.code, planned.summary["status"], planned.summary["inputs"]) == (0, "planned", 7)
     assert not output.exists()
-
-
-def test_killed_and_started_again_it_leaves_the_set_of_a_clean_run(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for index in range(24):
-        (source / f"{index:02d}.png").write_bytes(png(photograph("astronaut.png", 96 + 8 * index)))
-    flags = ["--source", source, "--engine", "local", "--unit-megabytes", "0.05", *PAIRS_FLAGS]
-    clean, killed = tmp_path / "clean", tmp_path / "killed"
-    assert run("make_pairs", "--output", clean, *flags).code == 0
-    run_until_killed("make_pairs", "--output", killed, *flags, when=lambda: len(list(killed.glob("data/*"))) >= 2)
-    assert not (killed / "manifest.json").exists()
-    (killed / "data" / ".tmp-0123456789abcdef").write_bytes(b"half")  # as a kill within a write leaves it
-    again = run("make_pairs", "--output", killed, *flags)
-    assert again.code == 0, again.stderr
-    assert "interrupted plan is continued" in again.stderr
-    assert tree(killed) == tree(clean)
 
 
 def test_ray_and_a_plain_loop_make_the_same_bytes(archive: Path, pairs: Path, tmp_path: Path) -> None:
