@@ -31,6 +31,9 @@ class Group(NamedTuple):
     first_row: int
 
 
+_REMEDY = "it was altered: delete it, and run make_pairs.py, which makes it again"
+
+
 class PairReader:
     """Decoded pairs of one split in a seeded order: a pure function of (manifest, split, seed, position).
 
@@ -180,16 +183,12 @@ def iter_tables(pairs: str, manifest: Manifest, columns: list[str]) -> Iterator[
 def _read_columns(root: str, shard: Shard, columns: list[str]) -> pa.Table:
     with _open(root, shard, block_bytes=2**18) as handle:
         if (size := handle.seek(0, 2)) != shard.bytes:
-            raise ValueError(
-                f"shard ({shard.name}) must have {shard.bytes} bytes, not {size}; delete it and run make_pairs.py again"
-            )
+            raise ValueError(f"shard ({shard.name}) must have {shard.bytes} bytes, not {size}; {_REMEDY}")
         try:
             file = pq.ParquetFile(handle, page_checksum_verification=True)
             table = file.read(columns=sorted({*columns, *columns_that_decide(shard)}), use_threads=False)
         except pa.ArrowInvalid as error:
-            raise ValueError(
-                f"shard ({shard.name}) must be a Parquet file of pairs; delete it and run make_pairs.py again: {error}"
-            ) from error
+            raise ValueError(f"shard ({shard.name}) must be a Parquet file of pairs; {_REMEDY}: {error}") from error
     rows = rows_that_count(table, shard)
     table = table.select(columns)
     return table if len(rows) == table.num_rows else table.take(rows)
@@ -226,9 +225,7 @@ def _open_verified(pairs: str, shard: Shard) -> Iterator[pq.ParquetFile]:
     """Give the shard, open, once its hash was found right; it streams through, and is never in memory whole."""
     with _open(root_of(pairs), shard) as handle:
         if hashlib.file_digest(handle, "sha256").hexdigest() != shard.sha256:
-            raise ValueError(
-                f"shard ({shard.name}) must have sha256 {shard.sha256}; delete it and run make_pairs.py again"
-            )
+            raise ValueError(f"shard ({shard.name}) must have sha256 {shard.sha256}; {_REMEDY}")
         yield pq.ParquetFile(handle)
 
 
