@@ -6,11 +6,9 @@ Like the report it needs nothing else, asks for nothing, and carries no time: th
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -18,7 +16,7 @@ from pipelines.commit import Duplicates
 from pipelines.images import REASONS
 from pipelines.manifest import Manifest
 from pipelines.recipes import degradation_of, recipe_in_words
-from pipelines.report import data_uri, visible
+from pipelines.report import pages
 from pipelines.statistics import BINS, SAMPLE_PAIRS, Colours, Statistics
 
 TILE_PX = 192  # a pair of tiles is as wide as a phone, three pairs are as wide as the page
@@ -70,14 +68,8 @@ def write_card(
     """
     for status in sorted(sources.keys() - STATUSES.keys()):
         raise ValueError(f"status is {status!r}: it must be one of {', '.join(STATUSES)}; it would be left out")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"name": visible, "png": data_uri, "count": "{:,}".format, "share": _share}
+    environment = pages()
+    environment.filters |= {"count": "{:,}".format, "share": _share}
     dropped = {code.removeprefix("dropped_"): number for code, number in drops.items() if number}
     too_small = dropped.pop(TOO_SMALL, 0)
     if copies := sum(duplicates.dropped.values()):

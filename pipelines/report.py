@@ -54,14 +54,8 @@ def write_report(
     """
     by_key = {row["key"]: row for row in rows}
     columns = ["LR", *(METHOD_LABELS.get(method, method) for method in methods), "HR"]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "png": data_uri, "name": visible}
+    environment = pages()
+    environment.filters |= {"number": _number}
     names = [name for name in METRIC_LABELS if any(f"{method}_{name}" in metrics for method in methods)]
     return environment.get_template("report.html").render(
         title=title,
@@ -117,6 +111,19 @@ def _number(value: float | None, name: str) -> str:
     if value is None or math.isnan(value):
         return "–"
     return f"{value:.{4 if name.startswith('ssim') else 2}f}"
+
+
+def pages() -> Environment:
+    """Return the templates of pages that need nothing else: what is missing is an error, what is shown is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"png": data_uri, "name": visible}
+    return environment
 
 
 def data_uri(data: bytes) -> str:

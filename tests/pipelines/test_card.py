@@ -136,7 +136,7 @@ def test_what_was_left_out_is_told_with_reason_count_and_share():
         ["near copy of a patch of another image", "6", "0.3 %"],
     ]
     text = words(card())
-    assert "the 2,000 patches that were looked at" in text and "1 image is smaller than one patch." in text
+    assert "the 2,000 patches that the images hold" in text and "1 image is smaller than one patch." in text
     assert "5 × decode: truncated the data ends before the picture does for example a.jpg ends early" in text
     assert "1 × sniff: odd for example b.bin" in text
     assert text.index("5 × decode") < text.index("1 × sniff")
