@@ -51,7 +51,7 @@ def estimate(rows: pa.Table, worker: PairsWorker, *, num_workers: int, cpu_hour_
     text = (
         f"judged by {count} of them ({dead} cannot be read): about {metrics['pairs']:.0f} pairs, "
         f"{metrics['shard_bytes'] / 1e6:.1f} MB of shards, {_duration(cpu_hours)} of CPU, "
-        f"{_duration(metrics['hours'])} with {num_workers} workers"
+        f"{_duration(metrics['hours'])} with num_workers {num_workers}"
     )
     return Estimate(text + (f", cost {metrics['cost']:.2f}" if cpu_hour_price else ""), metrics)
 
