@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from tests.jobs.conftest import PAIRS_FLAGS, Ran, run, tree
+from diffsr_core.degradation import Degradation
+from pipelines import corpus, storage
+from pipelines.ledger import Ledger
+from tests.jobs.conftest import PAIRS_FLAGS, Ran, photograph, png, run, tree
 from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.s3
@@ -39,6 +42,26 @@ def test_pairs_on_s3_are_those_of_a_folder(bucket: str, pairs: Path, tmp_path: P
     assert found["pairs"] == json.loads((pairs / "manifest.json").read_text())["pairs"]
     again = call("make_pairs", *flags)
     assert (again.summary["inputs"], again.summary["unchanged"]) == (0, 7)
+
+
+def test_lists_twins_and_objects_too_large_for_memory_are_read_from_s3(
+    bucket: str, tmp_path: Path, call: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "SPOOL_BYTES", 10_000)  # each of the photographs is larger
+    source, flags = f"{bucket}/twins", ["--engine", "local", "--patch", 64, "--no-track", "--max-dead-share", 1]
+    for name in ("astronaut.png", "coffee.png", "rocket.jpg"):
+        hr = photograph(name, 128)
+        storage.publish(f"{source}/hr/{name}.png", png(hr))
+        if name != "rocket.jpg":
+            storage.publish(f"{source}/lr/{name}.png", png(Degradation("bicubic", 4).apply(hr, seed=0)))
+    (tmp_path / "list.txt").write_text(f"{source}/hr/coffee.png.png\n{source}/hr/none.png\n")
+    twins = ["--source", f"{source}/hr", "--lr-source", f"{source}/lr", "--output", f"{bucket}/twin-pairs"]
+    listed = ["--source", tmp_path / "list.txt", "--output", f"{bucket}/listed"]
+    for words, what in ((twins, ("done", "done", "no_twin")), (listed, ("done", "missing"))):
+        done = call("make_pairs", *words, *flags)
+        assert done.code == 0, done.stderr
+        rows = Ledger(str(words[-1])).latest().sort_by("key").to_pylist()
+        assert tuple(row["reason"] or row["status"] for row in rows) == what
 
 
 def test_upscaling_a_bucket_on_ray_gives_the_bytes_of_a_folder_and_a_rerun_is_free(
