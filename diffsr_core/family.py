@@ -126,6 +126,12 @@ class ModelConfig:
             return self.lr_stride
         return max(self.lr_stride, math.ceil(self.denoiser.smallest * self.space_to_depth / self.scale))
 
+    def diffused_shape(self, lr_height: int, lr_width: int) -> tuple[int, int, int]:
+        """Return (channels, height, width) of x_0 for an LR image of this size."""
+        assert self.denoiser is not None
+        per_lr = self.scale // self.space_to_depth
+        return self.denoiser.channels, lr_height * per_lr, lr_width * per_lr
+
 
 class Condition(NamedTuple):
     """What the LR image says, computed once: features (B, F, h', w') and anchor (B, C, H, W) in [-1, 1]."""
@@ -191,10 +197,8 @@ class SuperResolver(nn.Module):
         return residual / self.config.residual_scale + condition.anchor
 
     def diffused_shape(self, lr_height: int, lr_width: int) -> tuple[int, int, int]:
-        """Return (channels, height, width) of x_0 for an LR image of this size."""
-        assert self.config.denoiser is not None
-        per_lr = self.config.scale // self.config.space_to_depth
-        return self.config.denoiser.channels, lr_height * per_lr, lr_width * per_lr
+        """Return the config's."""
+        return self.config.diffused_shape(lr_height, lr_width)
 
     def predict(self, x_t: Tensor, noise_level: Tensor, features: Tensor) -> Tensor:
         """Return the denoiser's output (kind `config.prediction`) for x_t (B, C, h, w) at noise_level (B,)."""

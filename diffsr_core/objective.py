@@ -1,51 +1,12 @@
 """What each stage of training minimises."""
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from diffsr_core.family import SuperResolver, amplitudes
+from diffsr_core.recipe import StageRecipe
 
 _SNR_CAP = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageRecipe:
-    """One stage: `regression` trains the encoder, `diffusion` the denoiser with the encoder frozen, `joint` both.
-
-    loss: of both parts. weighting: of the diffusion loss by noise level. regression_weight: of the encoder's own loss
-    in a joint stage. The learning rate warms up linearly over warmup_share of the steps, then follows decay: `cosine`
-    to 5 %, `constant`, or `halving`, which halves it after each of `plateaus` equal spans.
-    """
-
-    name: Literal["regression", "diffusion", "joint"]
-    num_steps: int
-    learning_rate: float
-    loss: Literal["l1", "l2"] = "l1"
-    weighting: Literal["none", "min_snr"] = "none"
-    regression_weight: float = 1.0
-    warmup_share: float = 0.05
-    decay: Literal["cosine", "constant", "halving"] = "cosine"
-    plateaus: int = 1
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("name", self.name, ("regression", "diffusion", "joint")),
-            ("loss", self.loss, ("l1", "l2")),
-            ("weighting", self.weighting, ("none", "min_snr")),
-            ("decay", self.decay, ("cosine", "constant", "halving")),
-        ):
-            if value not in known:
-                raise ValueError(f"stage {name} ({value!r}) must be one of {', '.join(known)}; use one of them")
-        if self.weighting == "min_snr" and self.loss != "l2":
-            raise ValueError(f"weighting (min_snr) is that of the squared error, not of {self.loss}; use loss l2")
-        if self.num_steps < 0 or self.learning_rate < 0:
-            raise ValueError(
-                f"num_steps ({self.num_steps}) and learning_rate ({self.learning_rate}) must not be negative; "
-                "use 0 or more"
-            )
 
 
 class Objective(nn.Module):
@@ -53,6 +14,8 @@ class Objective(nn.Module):
 
     def __init__(self, model: SuperResolver, stage: StageRecipe) -> None:
         super().__init__()
+        if stage.name == "distillation":
+            raise ValueError("stage (distillation) has a loss of its own; use distillation.Distillation")
         if stage.name != "regression" and model.denoiser is None:
             raise ValueError(f"stage ({stage.name}) needs a denoiser, and this model has none; use stage regression")
         if stage.name != "diffusion" and not model.config.encoder.regresses:

@@ -34,27 +34,39 @@ def linear_betas(num_timesteps: int, *, first: float = _FIRST_BETA, last: float 
     return np.linspace(first, last, num_timesteps, dtype=np.float64)
 
 
+def resshift_levels(num_timesteps: int) -> Table:
+    """Return (T,) falling noise levels of ResShift's chain of T steps (Yue et al. 2023, eq. 9-10, kappa 2, p 0.3).
+
+    sqrt(eta) goes from 0.02, or from 0.1 in 4 steps or fewer, to 0.99, as the two published models have it.
+    """
+    last, first = _ends_of_root_eta(num_timesteps)
+    return _levels_of_root_eta(_chain_of_root_eta(num_timesteps, last=last, first=first)[::-1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """A forward process x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps, by name, so that it can be written into a model.
 
     first_beta and last_beta belong to `linear`: SR3's public code has 1e-6 to 1e-2 (T = 2000), DDPM 1e-4 to 0.02
-    (T = 1000), Palette at test time 1e-4 to 0.09 (T = 1000). Raises ValueError for a table that float32 cannot serve.
+    (T = 1000), Palette at test time 1e-4 to 0.09 (T = 1000). `resshift` is ResShift's chain (see resshift_levels), that
+    of its published models with T = 15 and T = 4. Raises ValueError for a table that float32 cannot serve.
     """
 
-    name: Literal["cosine", "linear"] = "cosine"
+    name: Literal["cosine", "linear", "resshift"] = "cosine"
     num_timesteps: int = 1000
     first_beta: float = _FIRST_BETA
     last_beta: float = _LAST_BETA
 
     def __post_init__(self) -> None:
-        if self.name not in ("cosine", "linear"):
-            raise ValueError(f"schedule name ({self.name!r}) is unknown; use one of: cosine, linear")
+        if self.name not in ("cosine", "linear", "resshift"):
+            raise ValueError(f"schedule name ({self.name!r}) is unknown; use one of: cosine, linear, resshift")
         if self.num_timesteps < 2:
             raise ValueError(f"num_timesteps ({self.num_timesteps}) must be at least 2; SRDiff uses 100, SR3 2000")
         betas = (self.first_beta, self.last_beta)
-        if self.name == "cosine" and betas != (_FIRST_BETA, _LAST_BETA):
-            raise ValueError(f"first_beta and last_beta {betas} must be left out with cosine; they shape only linear")
+        if self.name != "linear" and betas != (_FIRST_BETA, _LAST_BETA):
+            raise ValueError(
+                f"first_beta and last_beta {betas} must be left out with {self.name}; they shape only linear"
+            )
         # Below 1e-7 float32 cannot tell the first level from clean.
         if not 1e-7 <= self.first_beta <= self.last_beta < 1:
             raise ValueError(f"first_beta and last_beta {betas} must rise within 1e-7 and 1; DDPM uses 1e-4 and 0.02")
@@ -67,6 +79,9 @@ class Schedule:
     @cached_property
     def alphas_cumprod(self) -> Table:
         """(T,) float64, strictly falling from nearly 1 to nearly 0."""
+        if self.name == "resshift":
+            levels = resshift_levels(self.num_timesteps)
+            return levels * levels
         if self.name == "cosine":
             betas = cosine_betas(self.num_timesteps)
         else:
@@ -90,10 +105,10 @@ def sample_noise_levels(
     continuous=False stops at t and returns the table's own levels: DDPM and SRDiff as published, told a whole step.
     """
     upper = torch.from_numpy(np.concatenate([[1.0], schedule.alphas_cumprod[:-1]]))
-    lower = torch.from_numpy(schedule.alphas_cumprod)
+    lower = torch.tensor(schedule.alphas_cumprod)
     t = torch.randint(schedule.num_timesteps, (count,), generator=generator)
     if not continuous:
-        return torch.from_numpy(schedule.noise_levels)[t].float()
+        return torch.tensor(schedule.noise_levels)[t].float()
     share = torch.rand(count, generator=generator, dtype=torch.float64)
     return torch.sqrt(lower[t] + share * (upper[t] - lower[t])).float()
 
@@ -116,7 +131,7 @@ def step_of_noise_level(schedule: Schedule, noise_level: torch.Tensor) -> torch.
 def _level_table(schedule: Schedule, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Return the noise levels on a device. Kept: a copy at every step of a sampler would stall the device."""
     with torch.inference_mode(False):
-        return torch.from_numpy(schedule.noise_levels).to(device, dtype)
+        return torch.tensor(schedule.noise_levels).to(device, dtype)
 
 
 def sampling_grid(schedule: Schedule, num_steps: int, *, family: str = "uniform", start: float = 0.0) -> Table:
@@ -128,8 +143,7 @@ def sampling_grid(schedule: Schedule, num_steps: int, *, family: str = "uniform"
         karras    even in (b / a)^(1/7) over the same levels (Karras et al. 2022, eq. 5)
         linear    num_steps linear betas from first_beta up, that end where the table ends; SR3 searched among short
                   schedules of its own (sec. 2.4) and published none
-        resshift  ResShift's chain: sqrt(eta) from 0.99 to 0.02, or to 0.1 in 4 steps or fewer, as the two published
-                  models have it (Yue et al. 2023, eq. 9-10, kappa 2, p 0.3); its ends clipped to the table's
+        resshift  ResShift's chain of num_steps (see resshift_levels), its ends clipped to the table's
     start: a late start. The grid begins exactly at this level, and num_steps are spread anew over what is cleaner: they
     are what a sampling costs, wherever it starts. 0 starts at the family's noisiest level.
     Only `uniform` is bound to the table; the others cut one continuous path and may have more steps than T.
@@ -144,7 +158,7 @@ def sampling_grid(schedule: Schedule, num_steps: int, *, family: str = "uniform"
     table = schedule.noise_levels
     first, last = float(table[-1]), float(table[0])
     if family == "resshift":
-        noisiest, cleanest = _levels_of_root_eta(np.array([0.99, 0.1 if num_steps <= 4 else 0.02])).tolist()
+        noisiest, cleanest = _levels_of_root_eta(_ends_of_root_eta(num_steps)).tolist()
         first, last = max(first, noisiest), min(last, cleanest)
     if start != 0 and not table[-1] <= start < last:
         raise ValueError(
@@ -169,6 +183,17 @@ def eta_of_noise_level(noise_level: float) -> float:
     """
     q = _sigma(noise_level)
     return (2 * q / (_KAPPA + math.sqrt(_KAPPA**2 + 4 * q * q))) ** 2
+
+
+def _ends_of_root_eta(num_steps: int) -> Table:
+    return np.array([0.99, 0.1 if num_steps <= 4 else 0.02])
+
+
+def _chain_of_root_eta(num_steps: int, *, last: float, first: float) -> Table:
+    """Return (num_steps,) sqrt(eta), falling from last to first."""
+    share = np.linspace(0, 1, num_steps)
+    roots: Table = first * (last / first) ** ((1 - share) ** _POWER)
+    return roots
 
 
 def _levels_of_root_eta(root: Table) -> Table:
@@ -203,7 +228,7 @@ def _even_levels(family: str, num_steps: int, *, first: float, last: float) -> T
         sigma = (_sigma(first) ** (1 / _RHO) * (1 - share) + _sigma(last) ** (1 / _RHO) * share) ** _RHO
     else:
         high, low = math.sqrt(eta_of_noise_level(first)), math.sqrt(eta_of_noise_level(last))
-        return _levels_of_root_eta(low * (high / low) ** ((1 - share) ** _POWER))
+        return _levels_of_root_eta(_chain_of_root_eta(num_steps, last=high, first=low))
     levels: Table = 1 / np.sqrt(1 + sigma * sigma)
     return levels
 

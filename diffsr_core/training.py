@@ -1,73 +1,66 @@
-"""The optimisation step and its state: no cluster, no files, no clock. Ray Train or a plain loop carries it.
+"""The optimisation step, its state, and the loop over it: no cluster, no files. Ray Train or a plain loop carries it.
 
-All randomness of a step is a function of (seed, step, rank), so a resumed run needs no generator state: the same
-batches give the same numbers.
+All randomness of a step is a function of (seed, step, index in the batch), so a resumed run needs no generator state:
+the same batches give the same numbers. What no preset's paper says is ours for all: gradients clipped, steps that would
+throw the weights off skipped, and an average of the weights as the result.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffsr_core.blur import gaussian_kernel
+from diffsr_core.activations import checkpoint_activations
+from diffsr_core.augmentation import Drawn, draw, step_seed
+from diffsr_core.averages import Averages
+from diffsr_core.distillation import Distillation
 from diffsr_core.family import SuperResolver
-from diffsr_core.objective import Objective, StageRecipe
-from diffsr_core.schedule import sample_noise_levels
+from diffsr_core.objective import Objective
+from diffsr_core.recipe import StageRecipe, TrainingRecipe
+from diffsr_core.sharding import gathered, shard, split_like, synchronise, whole
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRecipe:
-    """All that decides the weights beside the data. batch_size is global.
-
-    Ours for every model, whatever its paper says: AdamW without decay and with betas 0.9 and 0.99, gradients clipped,
-    an EMA of the weights as the result.
-
-    condition_blur_px: the LR is blurred by a Gaussian whose sigma is drawn for each sample from 0 to this (LR pixels):
-    the condition of a cascade's later model is a sample, softer than a photograph (Saharia et al. 2021, sec. 4.5).
-    """
-
-    stages: tuple[StageRecipe, ...]
-    batch_size: int
-    seed: int = 0
-    augmentation: Literal["none", "flip", "dihedral"] = "dihedral"
-    condition_blur_px: float = 0.0
-    ema_half_life_images: int = 2000
-    gradient_clip: float = 1.0
-    precision: Literal["float32", "bf16"] = "float32"
-
-    def __post_init__(self) -> None:
-        if self.augmentation not in ("none", "flip", "dihedral"):
-            raise ValueError(f"augmentation ({self.augmentation!r}) must be none, flip or dihedral; use one of them")
-        if not self.stages or self.batch_size < 1:
-            raise ValueError(
-                f"stages ({len(self.stages)}) and batch_size ({self.batch_size}) must be at least 1; use 1 or more"
-            )
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of all stages."""
-        return sum(stage.num_steps for stage in self.stages)
-
-    def stage_at(self, step: int) -> tuple[StageRecipe, int]:
-        """Return the stage that global `step` belongs to, and the step within it."""
-        for stage in self.stages:
-            if step < stage.num_steps:
-                return stage, step
-            step -= stage.num_steps
-        raise IndexError("the step lies behind the last stage")
+AUTOCAST = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SETTLED = 20  # steps of a stage before the mean of its gradient norms says what is usual
+_FIRST_LOSS_SCALE, _LOSS_SCALE_STEPS = (
+    2.0**15,
+    2000,
+)  # of fp16: doubled after so many good steps, halved by each bad one
 
 
 class DivergedError(ArithmeticError):
-    """The loss or the gradient is not finite; the state before the step is intact."""
+    """Steps had to be skipped more often than the recipe allows; the state before them is intact."""
+
+
+class TrainerState(NamedTuple):
+    """All that a resume needs. averages: by half-life in images. counters: numbers that JSON keeps."""
+
+    weights: dict[str, Tensor]
+    averages: dict[int, dict[str, Tensor]]
+    optimizer: dict[str, Tensor]
+    counters: dict[str, int | float]
+
+
+def _check_shares(recipe: TrainingRecipe, world: int, *, sharded: bool) -> None:
+    size = recipe.batch_size
+    if size < world:
+        raise ValueError(f"batch_size ({size}) must be at least 1 for each of {world} workers; use fewer of them")
+    if sharded and recipe.micro_batch is not None and size % world:  # they meet in every forward pass
+        raise ValueError(f"batch_size ({size}) must be a multiple of {world} sharded workers for micro_batch; round it")
 
 
 class Trainer:
-    """A model, its EMA, its optimizer and the number of steps done.
+    """A model, its averages, its optimizer and the number of steps done.
 
-    wrap turns an Objective into what is called (DistributedDataParallel on a cluster); rank keys the randomness.
+    wrap turns an objective into what is called (DistributedDataParallel on a cluster). rank and world say which share
+    of a global batch this worker trains. teacher: of distillation stages. sharded: FSDP2 over the default process
+    group, instead of wrap. compiled: torch.compile. checkpointed: activations are computed again instead of kept.
+    Convolutions run in channels_last, which is faster wherever it was measured; not where they are sharded.
+    Raises ValueError for a batch that cannot be shared out.
     """
 
     def __init__(
@@ -76,14 +69,35 @@ class Trainer:
         recipe: TrainingRecipe,
         *,
         rank: int = 0,
+        world: int = 1,
         device: str = "cpu",
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+        teacher: SuperResolver | None = None,
+        sharded: bool = False,
+        compiled: bool = False,
+        checkpointed: bool = False,
     ) -> None:
-        self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.recipe, self.rank, self.device, self.wrap = recipe, rank, device, wrap
+        _check_shares(recipe, world, sharded=sharded)
+        self.model = model.to(device)
+        self.teacher = None if teacher is None else teacher.to(device).eval()
+        self.recipe, self.rank, self.world, self.device = recipe, rank, world, torch.device(device)
+        self.wrap, self.sharded, self.compiled = wrap, sharded, compiled
+        if checkpointed:
+            checkpoint_activations(self.model)
+        if sharded:
+            shard(self.model)  # it takes contiguous weights only
+        else:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.step = 0
-        self.ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.skipped = self.skipped_in_a_row = 0
+        self.loss_scale, self.good_steps = _FIRST_LOSS_SCALE if recipe.precision == "fp16" else 1.0, 0
+        self.averages = Averages(self.model, recipe.ema_half_lives_images)
         self._enter_stage()
+
+    @property
+    def ema(self) -> dict[str, Tensor]:
+        """The average that is the model's."""
+        return self.averages.first
 
     @property
     def done(self) -> bool:
@@ -95,137 +109,211 @@ class Trainer:
         """The stage that the next step belongs to (the last one when done)."""
         return self.recipe.stage_at(min(self.step, self.recipe.num_steps - 1))[0]
 
-    def _enter_stage(self) -> None:
-        """Build the stage's objective and optimizer. The earlier stage's EMA becomes the weights that it left."""
-        self.model.load_state_dict(self.ema)
-        self.objective = self.wrap(Objective(self.model, self.stage).to(self.device)).train()
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
+    @property
+    def share(self) -> range:
+        """The indices within a global batch that this worker trains."""
+        return self.recipe.share(self.rank, self.world)
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next step."""
         stage, step = self.recipe.stage_at(self.step)
-        warmup = max(1, round(stage.warmup_share * stage.num_steps))
-        progress = max(0.0, (step - warmup) / max(1, stage.num_steps - warmup))
-        share = {
-            "cosine": 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2,
-            "constant": 1.0,
-            "halving": 0.5 ** (step * stage.plateaus // stage.num_steps),
-        }[stage.decay]
-        return stage.learning_rate * min(1.0, (step + 1) / warmup) * share
+        return stage.rate_at(step)
+
+    def draw(self, step: int, hr: Tensor, lr: Tensor) -> Drawn:
+        """Return what `optimise` takes at `step` for this worker's share of the stored pairs, on the device.
+
+        Touches no state, so that it may run ahead in another thread.
+        """
+        drawn = draw(hr, lr, config=self.model.config, recipe=self.recipe, step=step, indices=self.share)
+        return drawn.to(self.device)
 
     def train_step(self, hr: Tensor, lr: Tensor) -> dict[str, float]:
-        """Do one step on this rank's share of the batch, hr (b, C, H, W) and lr (b, C + E, h, w) in [-1, 1].
+        """Return `optimise` of what is drawn for hr (b, C, H, W) and lr (b, C + E, h, w) in [-1, 1]."""
+        return self.optimise(self.draw(self.step, hr, lr))
 
-        Returns loss, gradient_norm, learning_rate. Raises DivergedError before any weight is touched.
+    def optimise(self, drawn: Drawn) -> dict[str, float]:
+        """Do one step; all workers together, each with its share.
+
+        Returns loss (of this share), gradient_norm (of the whole batch, before clipping), learning_rate, and skipped, 1
+        for a step that left the weights as they were. Raises DivergedError, by the recipe's policy, with the weights,
+        the averages and the optimizer as they were before the first of the bad steps.
         """
-        generator = torch.Generator().manual_seed(step_seed(self.recipe.seed, self.step, self.rank))
-        hr, lr = augment(
-            hr.to(self.device), lr.to(self.device), generator=generator, symmetries=self.recipe.augmentation
-        )
-        config, own = self.model.config, self.model.config.encoder.channels
-        if self.recipe.condition_blur_px:
-            sigmas = torch.rand(len(lr), generator=generator) * self.recipe.condition_blur_px
-            blurred = [gaussian_blur(x[:own], sigma) for x, sigma in zip(lr, sigmas.tolist(), strict=True)]
-            lr = torch.cat([torch.stack(blurred), lr[:, own:]], dim=1)
-        levels = sample_noise_levels(config.schedule, len(hr), generator=generator, continuous=config.told != "step")
-        if self.stage.name != "regression":
-            shape = self.model.diffused_shape(lr.shape[2], lr.shape[3])
-            eps = torch.randn((len(hr), *shape), generator=generator)
-        else:
-            eps = torch.empty(0)
         rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        device = torch.device(self.device)
-        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16")
-        with autocast, torch.random.fork_rng([device] if device.type == "cuda" else []):
-            # Of dropout, so that it resumes too; not the step's own seed, which would give it the bits of eps.
-            torch.manual_seed(int(torch.randint(2**63 - 1, (1,), generator=generator)))
-            loss = self.objective(hr, lr, levels.to(self.device), eps.to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.gradient_clip)
-        if not (math.isfinite(float(loss.detach())) and math.isfinite(float(norm))):
-            for name, buffer in self.model.named_buffers():  # the forward pass moved the running statistics
-                buffer.copy_(self.ema[name])
-            raise DivergedError(
-                f"loss ({float(loss.detach())}) or gradient norm ({float(norm)}) is not finite at step {self.step}; "
-                "lower the learning rate or use precision float32"
-            )
-        self.optimizer.step()
-        self._update_ema()
+        loss = self._backward(drawn)
+        if self.loss_scale != 1.0:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.loss_scale)
+        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.recipe.gradient_clip)))
+        good = math.isfinite(norm) and not self._is_spike(norm)
+        if good:
+            self._accept(norm)
+        else:
+            self._skip(norm, loss)
         self.step += 1
         if not self.done and self.recipe.stage_at(self.step)[1] == 0:
             self._enter_stage()
-        return {"loss": float(loss.detach()), "gradient_norm": float(norm), "learning_rate": rate}
+        return {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "skipped": float(not good)}
 
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        within = self.recipe.stage_at(self.step)[1]
-        decay = 0.5 ** (self.recipe.batch_size / self.recipe.ema_half_life_images)
-        decay = min(decay, (1 + within) / (10 + within))  # early averages would otherwise be mostly initial weights
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                self.ema[name].lerp_(parameter.detach(), 1 - decay)
-        for name, buffer in self.model.named_buffers():  # running statistics are averages already
-            self.ema[name].copy_(buffer)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Return (optimizer tensors by name, counters): with the weights and the EMA, all that a resume needs."""
+    def state(self) -> TrainerState:
+        """Return the state, tensors whole; where they are split all workers call it, and the first one gets them."""
+        first = self.rank == 0
         tensors = {
             f"{index}.{key}": value
             for index, entry in self.optimizer.state_dict()["state"].items()
             for key, value in entry.items()
         }
-        return tensors, {"step": self.step}
+        return TrainerState(
+            weights=gathered(self.model.state_dict(), keep=first),
+            averages={k: gathered(average, keep=first) for k, average in self.averages.by_half_life.items()},
+            optimizer=gathered(tensors, keep=first),
+            counters={
+                "step": self.step,
+                "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "norm_mean": self.norm_mean,
+                "norm_count": self.norm_count,
+                "loss_scale": self.loss_scale,
+                "good_steps": self.good_steps,
+            },
+        )
 
-    def load_state(
-        self, weights: dict[str, Tensor], ema: dict[str, Tensor], tensors: dict[str, Tensor], counters: dict[str, int]
-    ) -> None:
-        """Continue where `state` was taken, bit for bit on the same number of workers."""
+    def load_state(self, state: TrainerState) -> None:
+        """Continue where `state` was taken: bit for bit on the same number of workers, and on any other."""
+        counters = state.counters
         self.step = int(counters["step"])
-        self.ema = {name: value.clone().to(self.device) for name, value in ema.items()}
-        self._enter_stage()
-        self.model.load_state_dict(weights)
+        self.averages.load({k: self._placed(average) for k, average in state.averages.items()})
+        self._load_weights(state.weights)
+        self._build_stage()
+        self.skipped, self.skipped_in_a_row = int(counters["skipped"]), int(counters["skipped_in_a_row"])
+        self.norm_mean, self.norm_count = float(counters["norm_mean"]), int(counters["norm_count"])
+        self.loss_scale, self.good_steps = float(counters["loss_scale"]), int(counters["good_steps"])
         entries: dict[int, dict[str, Any]] = {}
-        for name, value in tensors.items():
+        for name, value in state.optimizer.items():
             index, key = name.split(".")
-            entries.setdefault(int(index), {})[key] = value.clone()
+            placed = value.clone()
+            if value.ndim:  # in the parameter's layout, without which each update is slower
+                parameter = self.parameters[int(index)]
+                placed = torch.empty_like(parameter).copy_(split_like(value, parameter))
+            entries.setdefault(int(index), {})[key] = placed
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
 
+    def _enter_stage(self) -> None:
+        """Begin a stage. The earlier one's average becomes the weights that it left, and every average begins there."""
+        self._load_weights(self.ema)
+        self.averages.restart()
+        self._build_stage()
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Return a 63-bit seed that differs for each (seed, step, rank)."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**64
-    mixed = (mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93 % 2**64
-    return (mixed ^ (mixed >> 32)) >> 1
+    def _build_stage(self) -> None:
+        """Build the stage's objective and optimizer for the weights as they are."""
+        self.norm_mean, self.norm_count = 0.0, 0
+        objective: nn.Module
+        if self.stage.name == "distillation":
+            if self.teacher is None:
+                raise ValueError("stage (distillation) needs a teacher, and there is none; give a trained model")
+            objective = Distillation(self.model, self.teacher, self.stage)
+        else:
+            objective = Objective(self.model, self.stage)
+        if self.compiled:
+            objective.compile()
+        self.objective = (objective if self.sharded else self.wrap(objective)).train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        kind = torch.optim.AdamW if self.recipe.optimizer == "adamw" else torch.optim.Adam
+        self.optimizer = kind(self.parameters, lr=0.0, betas=self.recipe.betas, weight_decay=self.recipe.weight_decay)
+
+    def _placed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors where the model's lie: on its device, and split as they are."""
+        return {name: split_like(tensors[name], value) for name, value in self.model.state_dict().items()}
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(self._placed(weights))
+
+    def _backward(self, drawn: Drawn) -> float:
+        """Accumulate the gradients of the share, micro-batch by micro-batch; return its mean loss."""
+        size = self.recipe.micro_batch or len(drawn.hr)
+        precision = AUTOCAST[self.recipe.precision]
+        autocast = torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32)
+        total = torch.zeros((), device=self.device)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # Of dropout, so that it resumes too; of no sample, which would give it the bits of eps.
+            torch.manual_seed(step_seed(self.recipe.seed, self.step, self.recipe.batch_size + self.rank))
+            for start in range(0, len(drawn.hr), size):
+                part = Drawn(*(x[start : start + size] for x in drawn))
+                last = start + size >= len(drawn.hr)
+                with self._synchronised(last):
+                    with autocast:
+                        loss = self.objective(*part)
+                    total += loss.detach() * len(part.hr)
+                    # Workers average their gradients: shares of unequal size still sum to the mean of the batch. An
+                    # infinite loss may have a finite gradient: it must not pass for one.
+                    weight = len(part.hr) * self.world / self.recipe.batch_size * self.loss_scale
+                    (loss * weight * torch.where(loss.detach().isfinite(), 1.0, math.nan)).backward()
+        return float(total) / len(drawn.hr)
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients meet those of the other workers in a step's last micro-batch only."""
+        if self.sharded:
+            synchronise(self.model, last)
+            return nullcontext()
+        if last or not isinstance(self.objective, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        return self.objective.no_sync()
+
+    def _is_spike(self, norm: float) -> bool:
+        return self.norm_count >= _SETTLED and norm > self.recipe.spike_factor * self.norm_mean
+
+    def _accept(self, norm: float) -> None:
+        self.optimizer.step()
+        self.skipped_in_a_row = 0
+        self.norm_count += 1
+        self.norm_mean += (norm - self.norm_mean) / min(self.norm_count, 100)
+        within = self.recipe.stage_at(self.step)[1]
+        self.averages.update(num_images=self.recipe.batch_size, num_updates=within + 1)
+        self.good_steps += 1
+        if self.recipe.precision == "fp16" and self.good_steps >= _LOSS_SCALE_STEPS:
+            self.loss_scale, self.good_steps = self.loss_scale * 2, 0
+
+    def _skip(self, norm: float, loss: float) -> None:
+        """Leave everything as it was, or raise: the policy of the recipe. fp16 first tries a smaller loss scale."""
+        for name, buffer in self.model.named_buffers():  # the forward pass moved the running statistics
+            buffer.copy_(self.ema[name])
+        if self.recipe.precision == "fp16" and not math.isfinite(norm) and self.loss_scale > 1:
+            self.loss_scale, self.good_steps = self.loss_scale / 2, 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.recipe.on_spike == "stop" or self.skipped_in_a_row > self.recipe.max_skipped_steps:
+            rule = f"above {self.recipe.spike_factor:g} times its mean ({self.norm_mean:.3g})"
+            what = f"{rule}" if math.isfinite(norm) else "not finite"
+            raise DivergedError(
+                f"gradient norm ({norm:.4g}, loss {loss:.4g}) is {what} at step {self.step}, "
+                f"{self.skipped_in_a_row} steps in a row; lower the learning rate or use precision float32"
+            )
 
 
-def augment(
-    hr: Tensor, lr: Tensor, *, generator: torch.Generator, symmetries: str = "dihedral"
-) -> tuple[Tensor, Tensor]:
-    """Return the pairs, each under a symmetry drawn for it.
+def fit(trainer: Trainer, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[dict[str, float]]:
+    """Train to the end; yield each step's metrics, and `waited_s`, the seconds that it waited for its batch.
 
-    symmetries: `none`, `flip` (left to right), or `dihedral` (all eight of the square; patches must then be square).
+    batches: this worker's shares from trainer.step on, hr (b, C, H, W) and lr (b, C + E, h, w) in [-1, 1]. The next one
+    is drawn, and copied to the device, in a thread beside the step. Raises DivergedError, and what batches raises.
     """
-    picks = torch.randint(8, (len(hr),), generator=generator).tolist()
-    if symmetries == "none":
-        return hr, lr
+    source = iter(batches)
+    last = trainer.recipe.num_steps
 
-    def turn(image: Tensor, pick: int) -> Tensor:
-        if symmetries == "dihedral":
-            image = torch.rot90(image, pick % 4, dims=(1, 2))
-        return image.flip(2) if pick >= 4 else image
+    def draw_next(step: int) -> Drawn:
+        for hr, lr in source:
+            return trainer.draw(step, hr, lr)
+        raise ValueError(f"batches must last for {last} steps, and ended before step {step}; give one for each")
 
-    return (
-        torch.stack([turn(x, k) for x, k in zip(hr, picks, strict=True)]),
-        torch.stack([turn(x, k) for x, k in zip(lr, picks, strict=True)]),
-    )
-
-
-def gaussian_blur(image: Tensor, sigma_px: float) -> Tensor:
-    """Return image (C, H, W) under a Gaussian of this standard deviation, the border repeated; 0 changes nothing."""
-    kernel = torch.from_numpy(gaussian_kernel((sigma_px, sigma_px))).to(image)
-    padded = nn.functional.pad(image[:, None], (len(kernel) // 2,) * 4, mode="replicate")
-    return nn.functional.conv2d(padded, kernel[None, None])[:, 0]
+    with ThreadPoolExecutor(1, thread_name_prefix="draw") as pool:
+        ahead = pool.submit(draw_next, trainer.step) if not trainer.done else None
+        while ahead is not None:
+            began = time.monotonic()
+            drawn = ahead.result()
+            waited = time.monotonic() - began
+            following = trainer.step + 1
+            ahead = pool.submit(draw_next, following) if following < last else None
+            yield {**trainer.optimise(drawn), "waited_s": waited}

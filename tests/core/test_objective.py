@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from diffsr_core.family import ModelConfig, SuperResolver
-from diffsr_core.objective import Objective, StageRecipe, min_snr_weight
+from diffsr_core.objective import Objective, min_snr_weight
+from diffsr_core.recipe import StageRecipe
 from diffsr_core.resize import upscale
 from diffsr_core.schedule import Schedule, sample_noise_levels
 from tests.core.tiny import (
@@ -271,13 +272,13 @@ def test_a_stage_that_does_not_fit_the_model_is_refused(config: ModelConfig, nam
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "both"}, r"stage name \('both'\) must be one of regression, diffusion, joint; use one of them"),
+        ({"name": "both"}, r"stage name \('both'\) must be one of regression, diffusion, joint, distillation; use one"),
         ({"loss": "huber"}, r"stage loss \('huber'\) must be one of l1, l2; use"),
         ({"weighting": "snr", "loss": "l2"}, r"stage weighting \('snr'\) must be one of none, min_snr; use"),
         ({"decay": "step"}, r"stage decay \('step'\) must be one of cosine, constant, halving; use"),
         ({"weighting": "min_snr"}, r"weighting \(min_snr\) is that of the squared error, not of l1; use loss l2"),
-        ({"num_steps": -1}, r"num_steps \(-1\).*must not be negative"),
-        ({"learning_rate": -1e-4}, r"learning_rate \(-0.0001\) must not be negative; use 0 or more"),
+        ({"num_steps": -1}, r"num_steps \(-1\) must be at least 0 and finite"),
+        ({"learning_rate": -1e-4}, r"learning_rate \(-0.0001\) must be at least 0 and finite"),
     ],
 )
 def test_a_stage_that_cannot_be_is_refused_when_it_is_written(fields: dict[str, object], message: str) -> None:

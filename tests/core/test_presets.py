@@ -14,6 +14,7 @@ from diffsr_core.networks.rrdb import RRDBConfig
 from diffsr_core.networks.sr3 import SR3Config
 from diffsr_core.networks.srdiff import SRDiffConfig
 from diffsr_core.objective import Objective
+from diffsr_core.schedule import Schedule
 
 # Published sizes: SR3's table A.1, SRDiff's section 4.1 (12 M) and its shipped settings (25.3 M), the public SR3 code.
 PUBLISHED = [
@@ -143,6 +144,29 @@ def test_a_published_model_is_noised_told_and_trained_as_published(name: str, ro
         for each in recipe.stages
     ] == stages
     assert {(each.loss, each.weighting) for each in recipe.stages} == {("l1", "none")}
+
+
+def test_resshift_has_the_published_chain_and_training() -> None:
+    # Yue et al. 2023 and its journal version: x_0 predicted, MSE, 5e-5 after 5000 steps of warm-up, EMA 0.999.
+    preset = presets.get("resshift-x4")
+    model, recipe = preset.model, preset.recipe
+    (stage,) = recipe.stages
+    assert model.schedule == Schedule(name="resshift", num_timesteps=15)
+    assert (model.anchor, model.prediction, model.told) == ("bicubic", "x_0", "noise_level")
+    assert isinstance(model.denoiser, SR3Config) and model.denoiser.condition_channels == 3  # up(x_LR) beside x_t
+    assert (stage.num_steps, stage.learning_rate, stage.loss, stage.decay) == (400_000, 5e-5, "l2", "cosine")
+    assert stage.warmup_share * stage.num_steps == 5000 and (recipe.optimizer, recipe.batch_size) == ("adamw", 64)
+    assert 0.5 ** (recipe.batch_size / recipe.ema_half_lives_images[0]) == pytest.approx(0.999, abs=2e-5)
+    assert 40e6 < preset.params < 120e6
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_a_note_says_the_cost_that_the_recipe_has_and_a_score_or_that_there_is_none(name: str) -> None:
+    preset = presets.get(name)
+    steps = " + ".join(f"{stage.num_steps:,}" for stage in preset.recipe.stages)
+    assert f"{steps} steps of {preset.recipe.batch_size}" in preset.note
+    assert " dB" in preset.note or "no score" in preset.note
+    assert "\n" not in preset.note and not preset.note.endswith(".")  # one clause of a model card
 
 
 def test_every_published_preset_has_its_row() -> None:

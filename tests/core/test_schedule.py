@@ -22,7 +22,16 @@ from diffsr_core.schedule import (
 SRDIFF = Schedule(name="cosine", num_timesteps=100)
 SR3 = Schedule(name="linear", num_timesteps=2000)
 DDPM = Schedule(name="linear", num_timesteps=1000, first_beta=1e-4, last_beta=0.02)
-SCHEDULES = [SRDIFF, SR3, Schedule(name="cosine", num_timesteps=1000), Schedule(name="cosine", num_timesteps=2), DDPM]
+CHAIN, SHORT_CHAIN = (Schedule(name="resshift", num_timesteps=count) for count in (15, 4))
+SCHEDULES = [
+    SRDIFF,
+    SR3,
+    Schedule(name="cosine", num_timesteps=1000),
+    Schedule(name="cosine", num_timesteps=2),
+    DDPM,
+    CHAIN,
+    SHORT_CHAIN,
+]
 CONTINUOUS = [family for family in GRIDS if family != "uniform"]
 
 
@@ -193,7 +202,7 @@ def test_along_the_cosine_schedule_the_step_is_its_formula_also_between_the_entr
 
 @pytest.mark.parametrize("start", [0.0, 0.2, 0.5])
 @pytest.mark.parametrize("family", GRIDS)
-@pytest.mark.parametrize("schedule", [SRDIFF, SR3, DDPM], ids=str)
+@pytest.mark.parametrize("schedule", [SRDIFF, SR3, DDPM, Schedule(name="resshift", num_timesteps=80)], ids=str)
 def test_a_grid_of_any_family_rises_strictly_within_training_to_exactly_1(
     schedule: Schedule, family: str, start: float
 ) -> None:
@@ -220,7 +229,7 @@ def test_a_late_uniform_grid_is_that_of_a_schedule_which_ends_there() -> None:
     assert np.array_equal(sampling_grid(SRDIFF, 61, start=between), [between, *SRDIFF.noise_levels[59::-1], 1.0])
 
 
-@pytest.mark.parametrize("schedule", [SRDIFF, SR3, DDPM], ids=str)
+@pytest.mark.parametrize("schedule", [SRDIFF, SR3, DDPM, CHAIN], ids=str)
 def test_log_snr_and_karras_are_even_in_their_variable_over_the_levels_of_training(schedule: Schedule) -> None:
     ends = schedule.noise_levels[[-1, 0]]
     for family, variable in (("log_snr", lambda x: -np.log(x)), ("karras", lambda x: x ** (1 / 7))):
@@ -270,23 +279,48 @@ def test_so_many_linear_steps_from_so_clean_a_start_that_first_beta_is_too_large
     assert grid[0] == 0.9996 and np.allclose(grid[1:] / grid[:-1], 0.9996 ** (-1 / 1000), rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "levels"),
-    [
-        (15, ".0100 .0956 .184 .275 .367 .458 .546 .631 .709 .781 .843 .896 .940 .973 .9992"),
-        (4, ".010 .266 .574 .980"),
-    ],
-)
-def test_the_resshift_grid_is_the_published_chain_as_noise_levels(num_steps: int, levels: str) -> None:
+RESSHIFT_LEVELS = [
+    (15, ".0100 .0956 .184 .275 .367 .458 .546 .631 .709 .781 .843 .896 .940 .973 .9992"),
+    (4, ".010 .266 .574 .980"),
+]
+
+
+@pytest.mark.parametrize("schedule", [SR3, None], ids=["grid", "schedule"])
+@pytest.mark.parametrize(("num_steps", "levels"), RESSHIFT_LEVELS)
+def test_the_resshift_grid_and_schedule_are_the_published_chain_as_noise_levels(
+    num_steps: int, levels: str, schedule: Schedule | None
+) -> None:
+    if schedule is None:
+        schedule = Schedule(name="resshift", num_timesteps=num_steps)
+        found = schedule.noise_levels
+    else:
+        found = sampling_grid(schedule, num_steps, family="resshift")[:-1][::-1]
     # Golden: sqrt(gamma) of the published eta (kappa 2, p 0.3), found by an independent script, to the digits given.
-    grid = sampling_grid(SR3, num_steps, family="resshift")
-    assert np.allclose(grid[:-1], [float(level) for level in levels.split()], atol=6e-4)
+    assert np.allclose(found[::-1], [float(level) for level in levels.split()], atol=6e-4)
     # Independent: the paper's own recursion, eq. 9 and 10, with kappa sqrt(eta) / (1 - eta) as the ratio b / a.
     first = 0.02 if num_steps == 15 else 0.1
     base = math.exp(math.log(0.99 / first) / (num_steps - 1))
     root_eta = [first * base ** (((t / (num_steps - 1)) ** 0.3) * (num_steps - 1)) for t in range(num_steps)]
     ratio = [2 * r / (1 - r * r) for r in root_eta]
-    assert np.allclose(sigma(grid[:-1])[::-1], ratio, rtol=1e-9)
+    assert np.allclose(sigma(found), ratio, rtol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", [CHAIN, SHORT_CHAIN], ids=str)
+def test_on_resshifts_schedule_the_uniform_grid_of_all_steps_is_the_chain_and_so_is_the_resshift_grid(
+    schedule: Schedule,
+) -> None:
+    count = schedule.num_timesteps
+    assert np.array_equal(sampling_grid(schedule, count), [*schedule.noise_levels[::-1], 1.0])
+    assert np.allclose(sampling_grid(schedule, count, family="resshift"), sampling_grid(schedule, count), rtol=1e-12)
+
+
+def test_a_model_of_resshifts_chain_trains_on_the_levels_of_the_chain() -> None:
+    levels = sample_noise_levels(CHAIN, 3000, generator=torch.Generator().manual_seed(5), continuous=False)
+    assert torch.equal(levels.unique(), torch.from_numpy(CHAIN.noise_levels).float().flip(0))
+    between = sample_noise_levels(CHAIN, 3000, generator=torch.Generator().manual_seed(5))
+    t = step_of_noise_level(CHAIN, levels).long()
+    above = torch.tensor([1.0, *CHAIN.noise_levels[:-1].tolist()])[t]  # SR3's p(gamma), drawn between the neighbours
+    assert bool(((levels <= between) & (between <= above)).all()) and len(between.unique()) > 2900
 
 
 def test_the_resshift_grid_ends_where_training_does() -> None:
@@ -318,6 +352,7 @@ def test_linear_betas_are_those_asked_for() -> None:
         ({"name": "linear", "last_beta": 1.0}, r"\(1e-06, 1\.0\)"),
         ({"name": "linear", "first_beta": 0.02}, r"\(0\.02, 0\.01\) must rise"),
         ({"name": "cosine", "last_beta": 0.02}, r"left out with cosine"),
+        ({"name": "resshift", "first_beta": 1e-4}, r"left out with resshift"),
         ({"name": "linear", "last_beta": 0.5}, r"last_beta \(0\.5\).*1e-30"),
     ],
 )
@@ -350,7 +385,7 @@ def test_a_late_uniform_grid_of_more_steps_than_are_left_is_an_error() -> None:
 
 
 def test_an_unknown_schedule_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'sigmoid'.*cosine, linear"):
+    with pytest.raises(ValueError, match=r"'sigmoid'.*cosine, linear, resshift"):
         Schedule(name="sigmoid")  # type: ignore[arg-type]
 
 
