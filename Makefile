@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_DATA_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: venv demo test bench soak check format serve clean
+.PHONY: venv demo test bench gpu-check soak check format serve clean
 
 venv: $(VENV)/ready
 
@@ -33,12 +33,16 @@ test: venv check
 	$(BIN)/python -m tests.s3_server
 	$(BIN)/python -m pytest
 
-# The tables of tests/benchmarks: about 40 minutes. One that fails does not empty its table.
+# The tables of tests/benchmarks: about 80 minutes. One that fails does not empty its table.
 bench: venv
 	mkdir -p build
-	for name in solvers cascade steps plan codecs pairs; do \
+	for name in solvers cascade steps plan codecs pairs training recipes; do \
 	  $(BIN)/python -m tests.benchmarks.$$name > build/$$name.md || exit 1; mv build/$$name.md tests/benchmarks/; \
 	done
+
+# On a machine with a GPU, no Ray: samples/s and utilisation of two large presets.
+gpu-check: venv
+	$(BIN)/python -m tests.benchmarks.training_gpu
 
 # What takes too long for the tests (tests/soak/README.md): about an hour.
 soak: venv

@@ -2,7 +2,7 @@
 # Submits one job to a Ray cluster:
 #
 #   infra/submit.sh [--print] [--no-wait] JOB [FLAGS OF THE JOB...]
-#   infra/submit.sh train --pairs s3://archive/pairs --preset nano-x4 --output s3://archive/models/x4
+#   infra/submit.sh train --pairs s3://archive/pairs --preset nano-x4 --output s3://archive/models/x4 --wait-for-nodes
 #
 # JOB is one of: make_pairs train evaluate promote upscale
 # --print (or DRY_RUN=1) shows the command and submits nothing. From the environment:

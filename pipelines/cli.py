@@ -92,7 +92,6 @@ def anchor(config: Any) -> Any:
 def run_job(job: str, argv: Sequence[str], *, prog: str | None = None) -> int:
     """Run a job from its command line; print its summary as the last line of stdout; return the exit code."""
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # 7 is a minute of silence before "unreachable"
     config = anchor(parse(job, argv, prog=prog))
     verb, _ = split_verb(job, argv)
     from pipelines.lease import LeaseHeld

@@ -18,7 +18,7 @@ from pipelines.config import fingerprint
 from pipelines.duplicates import matches_across, near_duplicates
 from pipelines.ledger import Ledger
 from pipelines.manifest import SPLITS, Manifest, Shard, pinned_uri
-from pipelines.reader import iter_tables
+from pipelines.rows import iter_tables
 
 NUM_EXAMPLES = 20
 

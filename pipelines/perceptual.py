@@ -45,19 +45,24 @@ def cache_folder() -> Path:
 
 
 def load_lpips(
-    net: Backbone = "alex", *, backbone: str | Path | None = None, heads: str | Path | None = None
+    net: Backbone = "alex",
+    *,
+    folder: str | Path | None = None,
+    backbone: str | Path | None = None,
+    heads: str | Path | None = None,
 ) -> "Lpips":
     """Return the LPIPS network (version 0.1) in evaluation mode, without gradients for its weights.
 
     backbone: torchvision's state dict (keys `features.N.weight` and `.bias`; others are ignored). heads: the published
     linear layers (keys `linK.model.1.weight`). Both .pth (read as tensors only) or .safetensors; where a path is not
-    given, the file's published name in cache_folder(). Raises ValueError for another net, or a file that is missing,
-    unreadable, or does not hold this network.
+    given, the file's published name in folder, or in cache_folder(). Raises ValueError for another net, or a file that
+    is missing, unreadable, or does not hold this network.
     """
     if net not in _LAYERS:
         raise ValueError(f"net is {net!r}: it must be one of {sorted(_LAYERS)}; the SR papers use alex")
-    found = _read_weights(Path(backbone or cache_folder() / _BACKBONE_FILE[net]), _BACKBONE_URL + _BACKBONE_FILE[net])
-    lins = _read_weights(Path(heads or cache_folder() / f"{net}.pth"), f"{_HEADS_URL}{net}.pth")
+    home = Path(folder or cache_folder())
+    found = _read_weights(Path(backbone or home / _BACKBONE_FILE[net]), _BACKBONE_URL + _BACKBONE_FILE[net])
+    lins = _read_weights(Path(heads or home / f"{net}.pth"), f"{_HEADS_URL}{net}.pth")
     with torch.device("meta"):  # no memory and no draw from the global generator for weights that are replaced
         model = Lpips(net)
     wanted = model.state_dict()
@@ -140,6 +145,7 @@ class Lpips(nn.Module):
                     widths.append(width)
         self.features = nn.Sequential(*modules)
         self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in widths)
+        self.smallest_px = _SMALLEST_PX[net]
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the distance (N,) of RGB images (N, 3, H, W) in [-1, 1], 0 or more; no border is left out.
@@ -148,7 +154,7 @@ class Lpips(nn.Module):
         by the head and averaged over pixels; the sum is returned.
         Raises ValueError for other shapes or too small a side.
         """
-        smallest = _SMALLEST_PX[self.net]
+        smallest = self.smallest_px
         if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3 or min(a.shape[2:]) < smallest:
             raise ValueError(
                 f"shapes are {tuple(a.shape)} and {tuple(b.shape)}: both must be one (N, 3, H, W) of at least "

@@ -22,7 +22,7 @@ from pipelines.engine import say
 from pipelines.lease import Lease
 from pipelines.ledger import GONE, OUTPUT_LOST, Ledger, Receipt
 from pipelines.manifest import SPLITS, Manifest, load_manifest
-from pipelines.reader import find_pairs, iter_tables
+from pipelines.rows import find_pairs, iter_tables
 from pipelines.statistics import COLUMNS, SAMPLE_COLUMNS, aggregate, choose
 
 CARD, DEAD_LETTERS = "card.html", "dead_letters.parquet"

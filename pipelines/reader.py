@@ -1,26 +1,20 @@
-"""Reading a committed pair set: decoded pairs in a seeded order for training, rows in stored order for scoring.
+"""Reading a committed pair set for training: decoded pairs of one split in a seeded order.
 
 `pairs` is everywhere a set's folder or one of its manifests; shards are found below `root_of(pairs)`.
 """
 
-import hashlib
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.blobs import decode_blob
 from pipelines.images import Refused
 from pipelines.manifest import Manifest, Shard, columns_that_decide, root_of, rows_that_count
-
-AHEAD = 8  # shards of which columns are read at the same time
+from pipelines.rows import AHEAD, checked, iter_groups, open_verified
 
 
 class Group(NamedTuple):
@@ -31,7 +25,78 @@ class Group(NamedTuple):
     first_row: int
 
 
-_REMEDY = "it was altered: delete it, and run make_pairs.py, which makes it again"
+class PairIndex(NamedTuple):
+    """Where the pairs of a split lie: its row groups, and of each the int32 numbers of the rows that count."""
+
+    groups: list[Group]
+    rows: list[np.ndarray]
+
+
+class Fed(NamedTuple):
+    """A batch: hr and lr (B, H, W, channels), and what is wrong with each row that another one stands in for."""
+
+    hr: np.ndarray
+    lr: np.ndarray
+    corrupt: tuple[str, ...]
+
+
+_COLUMNS = ("hr", "lr", "split", "pair_id", "source_key")
+MAX_CORRUPT = 100  # rows that follow each other: more are no accident
+
+
+def read_index(pairs: str, manifest: Manifest, split: str) -> PairIndex:
+    """Return `read_indices` of one split."""
+    return read_indices(pairs, manifest, (split,))[split]
+
+
+def read_indices(pairs: str, manifest: Manifest, splits: tuple[str, ...]) -> dict[str, PairIndex]:
+    """Verify every shard of these splits, several at a time, and return where the rows of each are that count.
+
+    A shard is streamed once for its hash; then only the columns that decide are read. Raises ValueError for a shard
+    that is missing, was altered or lacks a column, and for a split that holds no pairs or not those of the manifest.
+    """
+    for split in splits:
+        if not manifest.num_pairs(split):
+            raise ValueError(f"split ({split}) of {pairs} must hold pairs; it holds none: add sources or other shares")
+    indices = {split: PairIndex([], []) for split in splits}
+    numbers = {split: {shard.name: n for n, shard in enumerate(_shards_of(manifest, split))} for split in splits}
+    shards = [shard for shard in manifest.sorted_shards() if any(shard.name in names for names in numbers.values())]
+    with ThreadPoolExecutor(AHEAD) as pool:
+        parts = [(shard, pool.submit(_index_shard, pairs, shard, splits)) for shard in shards]
+        try:
+            for shard, part in parts:
+                for split, group, first_row, rows in part.result():
+                    indices[split].groups.append(Group(numbers[split][shard.name], group, first_row))
+                    indices[split].rows.append(rows)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    for split, index in indices.items():
+        wanted, found = manifest.num_pairs(split), sum(map(len, index.rows))
+        if found != wanted:
+            raise ValueError(f"split ({split}) of {pairs} must hold {wanted} pairs, not {found}: make it again")
+    return indices
+
+
+def _shards_of(manifest: Manifest, split: str) -> list[Shard]:
+    return [shard for shard in manifest.sorted_shards() if shard.splits.get(split)]
+
+
+def _index_shard(pairs: str, shard: Shard, splits: tuple[str, ...]) -> list[tuple[str, int, int, np.ndarray]]:
+    """Return (split, number, first row, rows that count) of each row group, for those of the splits that it holds."""
+    found = []
+    with open_verified(pairs, shard) as file:
+        lacking = [column for column in _COLUMNS if column not in file.schema_arrow.names]
+        if lacking:
+            raise ValueError(
+                f"shard ({shard.name}) must have the columns {', '.join(_COLUMNS)}; it lacks {', '.join(lacking)}; "
+                "make the set again"
+            )
+        for group, first_row, table in iter_groups(file, columns_that_decide(shard)):
+            for split in splits:
+                if shard.splits.get(split):
+                    rows = rows_that_count(table, shard, split=split).astype(np.int32)
+                    found.append((split, group, first_row, rows))
+    return found
 
 
 class PairReader:
@@ -42,24 +107,23 @@ class PairReader:
     sequence is pair k modulo the epoch: a resume needs only a number.
     """
 
-    def __init__(self, pairs: str, manifest: Manifest, split: str, *, seed: int, window_groups: int = 4) -> None:
+    def __init__(
+        self,
+        pairs: str,
+        manifest: Manifest,
+        split: str,
+        *,
+        seed: int,
+        window_groups: int = 4,
+        index: PairIndex | None = None,
+    ) -> None:
+        """Take the index of this very split, and open no shard before a row group is read; or make it."""
         self.pairs, self.split, self.seed, self.window_groups = pairs, split, seed, window_groups
         self.recipe = manifest.recipe
-        self.shards = [shard for shard in manifest.sorted_shards() if shard.splits.get(split)]
+        self.shards = _shards_of(manifest, split)
         self.num_pairs = manifest.num_pairs(split)
-        if not self.num_pairs:
-            raise ValueError(f"split ({split}) of {pairs} must hold pairs; it holds none: add sources or other shares")
-        # Each shard is streamed once for its hash and the row numbers that count; then row group by row group.
-        self._groups: list[Group] = []
-        self._rows: list[np.ndarray] = []
-        for number, shard in enumerate(self.shards):
-            with _open_verified(pairs, shard) as file:
-                for group, first_row, table in _iter_groups(file, columns_that_decide(shard)):
-                    self._groups.append(Group(number, group, first_row))
-                    self._rows.append(rows_that_count(table, shard, split=split).astype(np.int32))
-        found = sum(map(len, self._rows))
-        if found != self.num_pairs:
-            raise ValueError(f"split ({split}) of {pairs} must hold {self.num_pairs} pairs, not {found}: make it again")
+        self._groups, self._rows = read_index(pairs, manifest, split) if index is None else index
+        assert sum(map(len, self._rows)) == self.num_pairs > 0
         self._open = lru_cache(maxsize=8)(self._open_lazily)
         self._blobs = lru_cache(maxsize=2 * window_groups)(self._read_blobs)
         self._order: tuple[int, np.ndarray] | None = None
@@ -69,17 +133,11 @@ class PairReader:
 
         Raises ValueError for a blob that is damaged.
         """
-        epoch, within = divmod(position, self.num_pairs)
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self._epoch_order(epoch))
-        number, row = map(int, self._order[1][within])
         try:
-            hr, lr = map(decode_blob, self._blobs(number)[row])
+            return self._decode(position)
         except Refused as error:
-            group = self._groups[number]
-            place = f"shard ({self.shards[group.shard].name}) row {group.first_row + row}"
+            place = self._place(position)
             raise ValueError(f"{place} must hold blobs that can be decoded ({error}); make the set again") from error
-        return hr, lr
 
     def batch(self, positions: range, *, channels: int = 3) -> tuple[np.ndarray, np.ndarray]:
         """Return (hr, lr) (B, H, W, channels) for these positions; grey is repeated into all channels.
@@ -89,14 +147,75 @@ class PairReader:
         Raises ValueError for a pair of another number of channels, and for floats of a recipe without value_range.
         """
         rows = [self.pair(position) for position in positions]
-        for hr_channels, lr_channels in {(hr.shape[2], lr.shape[2]) for hr, lr in rows}:
-            if {hr_channels, lr_channels} - {1, channels}:
-                found = f"{hr_channels} channels"
-                if lr_channels != hr_channels:
-                    found = f"{found} in HR and {lr_channels} in LR"
-                raise ValueError(
-                    f"pairs of {self.pairs} have {found}: the model reads {channels}; choose another preset"
-                )
+        for hr, lr in rows:
+            if fault := _other_channels(hr, lr, channels):
+                raise ValueError(f"pairs of {self.pairs} have {fault}; choose another preset")
+        return self._stack(rows, channels)
+
+    def tolerant_batch(self, positions: range, *, channels: int = 3) -> Fed:
+        """Return the batch of these positions, the next whole row of the epoch standing in for each corrupt one.
+
+        Corrupt: a blob that cannot be decoded, a pair of another size than the set's, or of channels that the model
+        does not read. What stands in depends on the data alone, and comes in its own turn too.
+        Raises ValueError where MAX_CORRUPT rows follow each other; an altered shard is no matter of rows, and raises.
+        """
+        corrupt: list[str] = []
+        rows = [self._whole(position, channels, corrupt) for position in positions]
+        return Fed(*self._stack(rows, channels), tuple(corrupt))
+
+    def _whole(self, position: int, channels: int, corrupt: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first whole pair from this position on; name in `corrupt` the row that it stands in for."""
+        epoch, within = divmod(position, self.num_pairs)
+        tried = min(MAX_CORRUPT, self.num_pairs)
+        for further in range(tried):
+            candidate = epoch * self.num_pairs + (within + further) % self.num_pairs
+            try:
+                hr, lr = self._decode(candidate)
+                fault = self._other_size(hr, lr) or _other_channels(hr, lr, channels)
+            except Refused as error:
+                fault = str(error)
+            if not fault:
+                return hr, lr
+            if candidate == position:
+                corrupt.append(f"{self._place(position)}: {fault}")
+        raise ValueError(
+            f"pairs ({self.pairs}) must not have {tried} corrupt rows in a row; the first is {corrupt[-1]}; "
+            "make the set again, or choose another preset"
+        )
+
+    def _other_size(self, hr: np.ndarray, lr: np.ndarray) -> str:
+        """Return what is wrong with the shapes of a pair of this set, or nothing."""
+        if hr.ndim != 3 or lr.ndim != 3:
+            return f"samples must be HWC, not {hr.shape} and {lr.shape}"
+        scale = self.recipe["scale"]
+        side = self.recipe.get("patch", hr.shape[0])
+        sides = (side, side, side // scale, side // scale)
+        found = (*hr.shape[:2], *lr.shape[:2])
+        return "" if found == sides else f"HR and LR must be {side} and {side // scale} px, not {found}"
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """Return (number of the row group, row in it)."""
+        epoch, within = divmod(position, self.num_pairs)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self._epoch_order(epoch))
+        number, row = map(int, self._order[1][within])
+        return number, row
+
+    def _place(self, position: int) -> str:
+        number, row = self._locate(position)
+        group = self._groups[number]
+        return f"shard ({self.shards[group.shard].name}) row {group.first_row + row}"
+
+    def _decode(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (hr, lr) as they are stored. Raises Refused for a blob that is damaged."""
+        number, row = self._locate(position)
+        hr, lr = self._blobs(number)[row]
+        if hr is None or lr is None:
+            raise Refused("decode", "corrupt", "there is no blob")
+        return decode_blob(hr), decode_blob(lr)
+
+    def _stack(self, rows: list[tuple[np.ndarray, np.ndarray]], channels: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pairs as a batch, in levels."""
         sides = list(zip(*rows, strict=True))
         if any(image.dtype != np.uint8 for side in sides for image in side):
             sides = [tuple(self._levels(image) for image in side) for side in sides]
@@ -139,116 +258,17 @@ class PairReader:
 
     def _read_blobs(self, number: int) -> list[tuple[bytes, bytes]]:
         group = self._groups[number]
-        columns = self._open(group.shard).read_row_group(group.number, columns=["hr", "lr"]).to_pydict()
+        with checked(self.shards[group.shard].name):
+            columns = self._open(group.shard).read_row_group(group.number, columns=["hr", "lr"]).to_pydict()
         return list(zip(columns["hr"], columns["lr"], strict=True))
 
 
-def iter_pairs(
-    pairs: str, manifest: Manifest, split: str, *, columns: list[str] | None = None
-) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a split that count in stored order, blobs still encoded, each with its `place` for `read_pair`.
-
-    columns: read only these (and those that decide). Raises ValueError for a shard that is missing or was altered.
-    """
-    for shard in manifest.sorted_shards():
-        if not shard.splits.get(split):
-            continue
-        wanted = None if columns is None else {*columns, *columns_that_decide(shard)}
-        with _open_verified(pairs, shard) as file:
-            for group, _, table in _iter_groups(file, wanted):
-                rows = rows_that_count(table, shard, split=split)
-                for number, row in zip(rows.tolist(), table.take(rows).to_pylist(), strict=True):
-                    yield {**row, "place": f"{shard.name}#{group}#{number}"}
-
-
-def iter_tables(pairs: str, manifest: Manifest, columns: list[str]) -> Iterator[pa.Table]:
-    """Yield these columns and `split` of the rows that count, a table per shard, by the shards' names.
-
-    For what looks at every row and no pixel: a few columns are read, of several shards at the same time. Only a
-    shard's size is checked, as its hash would need all of its bytes: who trains or scores checks that.
-    Raises ValueError for a shard that is missing, of another size or no Parquet file.
-    """
-    root = root_of(pairs)
-    wanted = [*dict.fromkeys([*columns, "split"])]
-    with ThreadPoolExecutor(AHEAD) as pool:
-        ahead: deque[Future[pa.Table]] = deque()
-        for shard in manifest.sorted_shards():
-            if len(ahead) == AHEAD:
-                yield ahead.popleft().result()
-            ahead.append(pool.submit(_read_columns, root, shard, wanted))
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def _read_columns(root: str, shard: Shard, columns: list[str]) -> pa.Table:
-    with _open(root, shard, block_bytes=2**18) as handle:
-        if (size := handle.seek(0, 2)) != shard.bytes:
-            raise ValueError(f"shard ({shard.name}) must have {shard.bytes} bytes, not {size}; {_REMEDY}")
-        try:
-            file = pq.ParquetFile(handle, page_checksum_verification=True)
-            table = file.read(columns=sorted({*columns, *columns_that_decide(shard)}), use_threads=False)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"shard ({shard.name}) must be a Parquet file of pairs; {_REMEDY}: {error}") from error
-    rows = rows_that_count(table, shard)
-    table = table.select(columns)
-    return table if len(rows) == table.num_rows else table.take(rows)
-
-
-def read_pair(pairs: str, place: str) -> tuple[bytes, bytes]:
-    """Return the encoded (hr, lr) of the row at a `place`."""
-    name, group, number = place.rsplit("#", 2)
-    return _row_group(storage.join(root_of(pairs), name), int(group))[int(number)]
-
-
-@lru_cache(maxsize=4)
-def _row_group(uri: str, group: int) -> list[tuple[bytes, bytes]]:
-    with storage.open_file(uri) as handle:
-        file = pq.ParquetFile(handle, page_checksum_verification=True)
-        columns = file.read_row_group(group, columns=["hr", "lr"]).to_pydict()
-    return list(zip(columns["hr"], columns["lr"], strict=True))
-
-
-@contextmanager
-def _open(root: str, shard: Shard, *, block_bytes: int = 5 * 2**20) -> Iterator[Any]:
-    try:
-        handle = storage.open_file(storage.join(root, shard.name), block_bytes=block_bytes)
-    except FileNotFoundError:
-        raise ValueError(
-            f"shard ({shard.name}) must lie below {root}; it is missing: run make_pairs.py again"
-        ) from None
-    with handle:
-        yield handle
-
-
-@contextmanager
-def _open_verified(pairs: str, shard: Shard) -> Iterator[pq.ParquetFile]:
-    """Give the shard, open, once its hash was found right; it streams through, and is never in memory whole."""
-    with _open(root_of(pairs), shard) as handle:
-        if hashlib.file_digest(handle, "sha256").hexdigest() != shard.sha256:
-            raise ValueError(f"shard ({shard.name}) must have sha256 {shard.sha256}; {_REMEDY}")
-        yield pq.ParquetFile(handle)
-
-
-def _iter_groups(file: pq.ParquetFile, columns: set[str] | None) -> Iterator[tuple[int, int, pa.Table]]:
-    """Yield (number, first row, table) of each row group."""
-    first_row = 0
-    for number in range(file.num_row_groups):
-        table = file.read_row_group(number, columns=None if columns is None else sorted(columns))
-        yield number, first_row, table
-        first_row += table.num_rows
-
-
-def find_pairs(pairs: str, shard: str, pair_ids: set[str]) -> dict[str, tuple[bytes, bytes]]:
-    """Return the encoded (hr, lr) of these pairs of a shard, by pair id; only their row groups are read."""
-    found = {}
-    with storage.open_file(storage.join(root_of(pairs), shard)) as handle:
-        file = pq.ParquetFile(handle, page_checksum_verification=True)
-        for group in range(file.num_row_groups):
-            ids = file.read_row_group(group, columns=["pair_id"])["pair_id"].to_pylist()
-            if pair_ids.isdisjoint(ids):
-                continue
-            blobs = file.read_row_group(group, columns=["hr", "lr"])
-            for row, name in enumerate(ids):
-                if name in pair_ids:
-                    found[name] = (blobs["hr"][row].as_py(), blobs["lr"][row].as_py())
-    return found
+def _other_channels(hr: np.ndarray, lr: np.ndarray, channels: int) -> str:
+    """Return why a model of so many channels cannot read this pair, or nothing."""
+    hr_channels, lr_channels = hr.shape[2], lr.shape[2]
+    if not {hr_channels, lr_channels} - {1, channels}:
+        return ""
+    found = f"{hr_channels} channels"
+    if lr_channels != hr_channels:
+        found = f"{found} in HR and {lr_channels} in LR"
+    return f"{found}: the model reads {channels}"

@@ -25,7 +25,7 @@ from pipelines.images import SUFFIXES, Refused, decode, jpeg_codec
 from pipelines.manifest import load_manifest, manifest_uri
 from pipelines.models import ResolvedModel, load_files, publish_model
 from pipelines.pictures import check_channels
-from pipelines.reader import iter_pairs, read_pair
+from pipelines.rows import iter_pairs, read_pair
 
 BASELINES = ("bicubic", "regression")
 METRICS = ("psnr", "ssim", "psnr_y", "ssim_y", "lr_psnr")

@@ -1,71 +1,109 @@
 """MLflow: runs, data sets, logged models, versions and aliases. Nothing here unpickles (law 5)."""
 
-import logging
+import json
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import numpy as np
 from mlflow.data.http_dataset_source import HTTPDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
 from diffsr_core import checkpoint
-from pipelines import storage
-from pipelines.blobs import decode_blob
+from pipelines import provenance, storage
 from pipelines.engine import say
 from pipelines.manifest import Manifest, pinned_uri
-from pipelines.runs import check_tracking
+from pipelines.mlflow_store import EXPERIMENT as EXPERIMENT
+from pipelines.mlflow_store import connect as connect
+from pipelines.mlflow_store import impatient, place
 
 CHAMPION, PREVIOUS = "champion", "previous_champion"
 ROLLED_BACK = "diffsr.rolled_back"  # tag of a version that was champion and was rolled back from
-EXPERIMENT = "diffsr"
 PAIRS_DIGEST = "diffsr.pairs_digest"  # tag of the run that made a pair set: the whole digest of its manifest
-
-
-def connect() -> mlflow.MlflowClient:
-    """Return a client of the store that MLFLOW_TRACKING_URI names; without one, ./mlflow.db and ./mlruns.
-
-    A relative SQLite path is made absolute, so that workers in other folders mean the same store. Raises ValueError for
-    a job of a cluster that names no store: its own folder, and a store in it, goes with the job.
-    """
-    check_tracking()
-    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///")).absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        uri = f"sqlite:///{path}"
-        os.environ["MLFLOW_TRACKING_URI"] = uri
-        mlflow.set_tracking_uri(uri)
-        if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-            mlflow.create_experiment(EXPERIMENT, artifact_location=(path.parent / "mlruns").as_uri())
-    else:
-        mlflow.set_tracking_uri(uri)
-    mlflow.set_experiment(EXPERIMENT)
-    return mlflow.MlflowClient()
+COMMIT = "diffsr.commit"
 
 
 @contextmanager
-def run(name: str, *, run_id: str | None = None, params: Mapping[str, Any] | None = None) -> Iterator[str]:
-    """Start a run, or continue one, for the body; give its id. Parameters are logged once; an exception fails it."""
-    status = "FAILED"
-    active = mlflow.start_run(run_id=run_id, run_name=None if run_id else name, log_system_metrics=run_id is None)
+def run(
+    name: str, *, run_id: str | None = None, params: Mapping[str, Any] | None = None, parent: str | None = None
+) -> Iterator[str]:
+    """Start a run, or continue one, for the body; give its id. An exception fails it.
+
+    Parameters and environment.txt are logged once. The tag diffsr.commit has each commit that worked on the run, the
+    first one first. System metrics go on where they ended, unless MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is false.
+    parent: id of the run that this one is nested in; it may be another process's.
+    """
+    active = mlflow.start_run(
+        run_id=run_id,
+        run_name=None if run_id else name,
+        nested=parent is not None,
+        parent_run_id=parent,
+        log_system_metrics=False,
+    )
+    monitor = None
     try:
+        if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() in ("true", "1"):
+            monitor = _system_metrics(active.info.run_id, resume=run_id is not None)
+        _tag_code(active.data.tags)
         if run_id is None:
-            mlflow.log_params({key: str(value)[:500] for key, value in (params or {}).items()})
-            mlflow.set_tag("diffsr.commit", os.environ.get("DIFFSR_COMMIT", "unknown"))
+            _log_params(params or {})
+            mlflow.log_text(provenance.environment(), "environment.txt")
         yield str(active.info.run_id)
-        status = "FINISHED"
+    except BaseException as error:
+        try:
+            with impatient():
+                mlflow.end_run("FAILED")
+        except Exception as other:  # the server may be why the body failed: its error is the one that counts
+            error.add_note(f"MLflow does not know that run {active.info.run_id} failed: {other}")
+        raise
+    else:
+        mlflow.end_run("FINISHED")
     finally:
-        mlflow.end_run(status)
+        if monitor is not None:
+            with impatient():
+                monitor.finish()
+
+
+def _system_metrics(run_id: str, *, resume: bool) -> Any:
+    """Return MLflow's monitor of this machine, started. resume: its steps go on after the last one of the run.
+
+    MLflow's own ends at the first request that fails; this one starts over until it is finished.
+    """
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    class Monitor(SystemMetricsMonitor):
+        def monitor(self) -> None:
+            while not self._shutdown_event.is_set():
+                super().monitor()  # type: ignore[no-untyped-call]
+                self._shutdown_event.wait(self.sampling_interval)
+
+    monitor = Monitor(run_id, resume_logging=resume)  # type: ignore[no-untyped-call]
+    monitor.start()  # type: ignore[no-untyped-call]
+    return monitor
+
+
+def _tag_code(tags: Mapping[str, str]) -> None:
+    commits, now = tags.get(COMMIT, "").split(), provenance.commit()
+    if commits[-1:] != [now]:
+        mlflow.set_tag(COMMIT, " ".join([*commits, now]))
+    mlflow.set_tag("diffsr.version", provenance.version())
+
+
+def _log_params(params: Mapping[str, Any]) -> None:
+    """Log parameters of the current run. Where one is too long for MLflow, all are in params.json, whole."""
+    texts = {key: str(value) for key, value in params.items()}
+    whole = "... (whole in params.json)"
+    cut = MAX_PARAM_VAL_LENGTH - len(whole)
+    short = {key: text if len(text) <= MAX_PARAM_VAL_LENGTH else text[:cut] + whole for key, text in texts.items()}
+    if short != texts:
+        mlflow.log_text(json.dumps(texts, indent=1), "params.json")
+    mlflow.log_params(short)
 
 
 def _dataset(uri: str, name: str, digest: str) -> MetaDataset:
@@ -128,8 +166,17 @@ def _log_files(uris: list[str]) -> None:
             mlflow.log_artifact(str(path))
 
 
-def log_model(files: Mapping[str, bytes], *, example: bytes) -> str:
-    """Log a model folder with its pyfunc face under the current run; return the model's URI."""
+def log_model(
+    files: Mapping[str, bytes],
+    *,
+    example: bytes,
+    tags: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> str:
+    """Log a model folder with its pyfunc face under the current run; return the model's URI.
+
+    tags: of the logged model, shown and searched in MLflow. metadata: goes into its MLmodel file, with the model.
+    """
     here = Path(__file__).resolve().parent
     with tempfile.TemporaryDirectory(prefix="diffsr-") as folder:
         home = Path(folder) / "model"  # MLflow keeps this name: resolve() finds the folder by it
@@ -141,6 +188,8 @@ def log_model(files: Mapping[str, bytes], *, example: bytes) -> str:
             code_paths=[str(here), str(here.parent / "diffsr_core")],
             input_example=[example],
             pip_requirements=["torch", "numpy", "pillow", "safetensors", "fsspec"],
+            tags=dict(tags or {}),
+            metadata=dict(metadata or {}),
         )
     return str(info.model_uri)
 
@@ -151,17 +200,28 @@ def find_version(client: mlflow.MlflowClient, name: str, *, run_id: str) -> Mode
     return max(found, key=lambda entry: int(entry.version), default=None)
 
 
-def register_model(uri: str, name: str) -> int:
-    """Register a logged model as the next version of a name; ValueError when this store does not have the model."""
+def register_model(uri: str, name: str, *, tags: Mapping[str, str] | None = None) -> int:
+    """Register a logged model as the next version of a name, tags and all; return its number.
+
+    Raises ValueError when this store does not have the model.
+    """
     try:
-        return int(mlflow.register_model(uri, name).version)
+        return int(mlflow.register_model(uri, name, tags=dict(tags or {})).version)
     except MlflowException as error:
         if not _is_missing(error):
             raise
         raise ValueError(
-            f"model ({uri}) must be in the store at {mlflow.get_tracking_uri()} to be registered: "
+            f"model ({uri}) must be in the store at {place()} to be registered: "
             "set MLFLOW_TRACKING_URI to the store that it was trained with"
         ) from error
+
+
+def tag_version(client: mlflow.MlflowClient, name: str, version: int, tags: Mapping[str, str]) -> None:
+    """Set the tags of a version that differ from these; other tags stay."""
+    before = client.get_model_version(name, str(version)).tags
+    for key, value in tags.items():
+        if before.get(key) != value:
+            client.set_model_version_tag(name, str(version), key, value)
 
 
 def _is_missing(error: MlflowException) -> bool:
@@ -178,9 +238,7 @@ def version_of(ref: str) -> ModelVersion:
         name, _, version = name.rpartition("/")
         return client.get_model_version(name, version)
     except MlflowException as error:
-        raise ValueError(
-            f"model ({ref}) must be in the registry at {mlflow.get_tracking_uri()}; it says: {error.message}"
-        ) from None
+        raise ValueError(f"model ({ref}) must be in the registry at {place()}; it says: {error.message}") from None
 
 
 def download(entry: ModelVersion, folder: str) -> str:
@@ -202,36 +260,6 @@ def alias_version(client: mlflow.MlflowClient, name: str, alias: str) -> int | N
     return None if value is None else int(value)
 
 
-class Reporter:
-    """Takes the training reports in the driver: logs them to a run and shows one line every few seconds.
-
-    The run is named by its id, as MLflow's current run belongs to a thread and reports come in another one.
-    """
-
-    def __init__(self, run_id: str, num_steps: int, *, output: str) -> None:
-        self.run_id, self.num_steps, self.output = run_id, num_steps, output
-        self.last: dict[str, float] = {}
-        self._shown = 0.0
-
-    def __call__(self, metrics: Mapping[str, float]) -> None:
-        step = int(metrics["step"])
-        values = {name: float(value) for name, value in metrics.items() if name != "step"}
-        self.last |= values
-        mlflow.log_metrics(values, step=step, run_id=self.run_id)
-        validated = {name: value for name, value in values.items() if name.startswith("val_")}
-        if validated:
-            uri = storage.join(self.output, "samples", f"step-{step:08d}.png")
-            picture = np.asarray(decode_blob(storage.read_bytes(uri)))
-            mlflow.MlflowClient().log_image(self.run_id, picture, key="samples", step=step)
-        if validated or step == self.num_steps or time.monotonic() - self._shown > 5:
-            self._shown = time.monotonic()
-            scores = "".join(f", {name.removeprefix('val_')} {value:.2f} dB" for name, value in validated.items())
-            say(
-                f"train: step {step} of {self.num_steps}, loss {values['loss']:.4f}, "
-                f"{values['images_per_s']:.0f} images/s, waiting {values['data_wait_share']:.1%}{scores}"
-            )
-
-
 def log_evaluation(metrics: Mapping[str, float], *, digest: str, source: str, artifacts: list[str]) -> None:
     """Log scores, the data set's digest and the files of an evaluation to the current run."""
     mlflow.log_metrics(dict(metrics))
@@ -243,9 +271,7 @@ def newest_version(client: mlflow.MlflowClient, name: str) -> int:
     """Return the highest version of a registered model that was not rolled back; ValueError when there is none."""
     found = client.search_model_versions(f"name='{name}'")
     if not found:
-        raise ValueError(
-            f"model ({name}) must have a registered version at {mlflow.get_tracking_uri()}; train one first"
-        )
+        raise ValueError(f"model ({name}) must have a registered version at {place()}; train one first")
     versions = [int(entry.version) for entry in found if ROLLED_BACK not in entry.tags]
     if not versions:
         raise ValueError(

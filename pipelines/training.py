@@ -1,194 +1,233 @@
-"""Job 2: pairs -> a trained and registered model. Ray Train carries the core's step; the same loop runs alone."""
+"""Job 2: pairs -> a trained and registered model. Ray Train carries the core's loop; the same loop runs alone."""
 
 import json
-import math
 import time
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from diffsr_core import presets
-from diffsr_core.degradation import Degradation
-from diffsr_core.training import DivergedError, TrainingRecipe
+from diffsr_core.checkpoint import CONFIG
+from diffsr_core.family import ModelConfig
+from diffsr_core.memory import plan_memory
+from diffsr_core.recipe import TrainingRecipe
+from diffsr_core.training import DivergedError
 from pipelines import storage
+from pipelines.ancestry import inherited
 from pipelines.blobs import encode_blob
-from pipelines.checkpoints import newest_files, newest_step
+from pipelines.checkpoints import best_files, newest_files, newest_step
 from pipelines.config import check, fingerprint
-from pipelines.engine import cluster, say
+from pipelines.engine import say
+from pipelines.feeding import feed_in_thread
 from pipelines.lease import Lease
-from pipelines.loop import LoopConfig, Pump, ray_loop, train_loop
+from pipelines.loop import train_loop
 from pipelines.manifest import Manifest, load_manifest, pinned_uri
-from pipelines.models import MODEL_FILES, publish_files
-from pipelines.reader import PairReader
+from pipelines.models import MODEL_FILES, publish_files, publish_model, resolve
+from pipelines.perceptual import load_lpips
+from pipelines.preflight import check_pairs
+from pipelines.reader import PairReader, read_indices
 from pipelines.runs import Summary, TrainingFailed, new_run_id
-from pipelines.sampling import check_seed
+from pipelines.training_config import TrainConfig
+from pipelines.worker import LoopConfig, Report, Workers
+
+_REMEDIES = ("micro_batch", "on_spike", "spike_factor", "max_skipped_steps")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Train a preset on a pair set. The same command again continues; when all steps are done it does nothing."""
-
-    pairs: str = field(metadata={"unit": "URI"})
-    """Pair set made by make_pairs."""
-    output: str = field(metadata={"unit": "URI"})
-    """Where checkpoints and the final model folder are kept."""
-    preset: str = "nano-x4"
-    """Model and recipe; a name with -regression is the twin without a denoiser."""
-    steps: int | None = None
-    """Steps of the diffusion stage (of the only stage for a regression preset); default: the preset's."""
-    encoder_steps: int | None = None
-    """Steps of the encoder's own stage before it; default: the preset's."""
-    joint: bool = False
-    """Train the encoder on in the diffusion stage, by its own loss and the denoiser's, instead of freezing it."""
-    batch_size: int | None = None
-    """Patches per step over all workers; default: the preset's."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """Arithmetic of the forward pass."""
-    condition_blur: float | None = field(default=None, metadata={"unit": "PIXELS"})
-    """Blur of the LR in training, a sigma from 0 to this, for a stage of a cascade; default: the preset's."""
-    seed: int = 0
-    """Seed of initial weights, order, noise and augmentation."""
-    register: str | None = None
-    """Name under which the model is registered in MLflow."""
-    checkpoint_every: int = field(default=200, metadata={"group": "running"})
-    """Steps between checkpoints (each with a validation and a picture)."""
-    keep: int = 2
-    """Checkpoints kept."""
-    log_every: int = 20
-    """Steps between metric reports."""
-    engine: Literal["ray", "local"] = "ray"
-    """Ray Train, or a plain loop in this process."""
-    num_workers: int = 1
-    """Training workers."""
-    cpus_per_worker: float = 1.0
-    """Logical CPUs of a worker."""
-    use_gpu: bool = False
-    """One GPU per worker."""
-    max_failures: int = 2
-    """Worker failures after which training stops; each resumes from the newest checkpoint."""
-    dry_run: bool = False
-    """Say what would be trained, and stop."""
-
-    def __post_init__(self) -> None:
-        names = presets.names()
-        check(self.preset in names, "preset", self.preset, f"must be one of {', '.join(names)}", "use one of them")
-        for name in ("steps", "batch_size", "checkpoint_every", "keep", "log_every", "num_workers"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, name, value, "must be at least 1", "use 1 or more")
-        check(self.encoder_steps is None or self.encoder_steps >= 0, "encoder_steps", self.encoder_steps,
-              "must be at least 0", "use 0 to skip that stage")  # fmt: skip
-        check_seed(self.seed)
-        preset = presets.get(self.preset)
-        two = len(preset.recipe.stages) > 1
-        check(self.encoder_steps is None or two, "encoder_steps", self.encoder_steps,
-              f"is of presets with an encoder stage, which {self.preset} has not", "leave it out")  # fmt: skip
-        check(not self.joint or two, "joint", self.joint,
-              f"needs an encoder and a denoiser to train, which {self.preset} has not", "leave it out")  # fmt: skip
-        check(self.encoder_steps != 0 or self.joint, "encoder_steps", self.encoder_steps,
-              "would freeze a random encoder", "use 1 or more, or --joint")  # fmt: skip
-        check(self.condition_blur is None or 0 <= self.condition_blur <= 10, "condition_blur", self.condition_blur,
-              "must be from 0 to 10", "use 0")  # fmt: skip
-        check(self.max_failures >= 0, "max_failures", self.max_failures, "must be at least 0", "use 0 or more")
-        check(self.cpus_per_worker > 0, "cpus_per_worker", self.cpus_per_worker, "must be above 0", "use 0.5 or 1")
-        check(self.engine == "ray" or self.num_workers == 1, "num_workers", self.num_workers,
-              "must be 1 with engine local", "use --engine ray")  # fmt: skip
-        batch = self.recipe().batch_size
-        check(batch % self.num_workers == 0, "batch_size", batch,
-              f"must be a multiple of num_workers ({self.num_workers})",
-              f"use {math.ceil(batch / self.num_workers) * self.num_workers}")  # fmt: skip
-
-    def recipe(self) -> TrainingRecipe:
-        """Return the training recipe: the preset's with what was overridden."""
-        recipe = presets.get(self.preset).recipe
-        stages = []
-        for index, stage in enumerate(recipe.stages):
-            last = index == len(recipe.stages) - 1
-            wanted = self.steps if last else self.encoder_steps
-            stage = stage if wanted is None else replace(stage, num_steps=wanted)
-            stage = replace(stage, name="joint") if self.joint and stage.name == "diffusion" else stage
-            stages += [stage] if stage.num_steps else []
-        return replace(
-            recipe,
-            stages=tuple(stages),
-            batch_size=self.batch_size or recipe.batch_size,
-            seed=self.seed,
-            precision=self.precision,
-            condition_blur_px=recipe.condition_blur_px if self.condition_blur is None else self.condition_blur,
-        )
-
-
-def train(config: TrainConfig) -> Summary:
+def train(config: TrainConfig, *, parent_run: str | None = None, watch: Report | None = None) -> Summary:
     """Run the job; return its summary. Raises ValueError, LeaseHeld or TrainingFailed, also for a loss that diverges.
 
     Training ends with a logged model and a summary in run.json; to register it is a step of its own, done once for
-    each name, also later by the same command with --register.
+    each name, also later by the same command with --register. parent_run: MLflow run of a search that this is a trial
+    of; watch: is given every report too, and what it raises ends the training.
     """
-    manifest, recipe = load_manifest(config.pairs), config.recipe()
+    if config.tune is not None:
+        from pipelines.tuning import tune
+
+        return tune(config)
+    manifest, recipe, model = load_manifest(config.pairs), config.recipe(), config.model()
     config = replace(config, pairs=pinned_uri(config.pairs, manifest))  # a set that grows meanwhile changes nothing
-    _check_pairs(config, manifest)
-    identity = fingerprint({"preset": config.preset, "recipe": asdict(recipe), "data": manifest.digest})
+    check_pairs(config.pairs, manifest, model=model, preset=config.preset, batch_size=recipe.batch_size,
+                crop_px=recipe.crop_px)  # fmt: skip
+    ancestors = {name: resolve(ref) for name in ("init", "teacher") if (ref := getattr(config, name))}
+    model = inherited(config, ancestors)
+    _check_validation(config, manifest, model)
+    digests = {name: found.digest for name, found in ancestors.items()}
+    looks = {**asdict(config.validation()), "val_pairs": config.val_pairs}  # of which the best checkpoint is chosen
+    document = {"preset": config.preset, "pairs": manifest.digest, "model": asdict(model),
+                "recipe": _what_counts(recipe), "validation": looks, **digests}  # fmt: skip
     if config.dry_run:
-        if "summary" in _read_run(config.output, identity):
+        if _read_run(config.output, document).get("summary"):
             say(f"train: nothing to train, all {recipe.num_steps} steps are done")
             return Summary(job="train", run_id="none", status="planned", unchanged=recipe.num_steps)
-        _announce(config, manifest)
+        _announce(config, manifest, model)
         return Summary(job="train", run_id="none", status="planned", inputs=recipe.num_steps)
     with Lease(config.output, run_id=new_run_id("train")) as lease:
-        run = _read_run(config.output, identity)
-        finished = "summary" in run
+        run = _read_run(config.output, document)
+        if not run:
+            from pipelines.reporter import unsent_uri
+
+            storage.delete(unsent_uri(config.output))  # of a run that came to nothing
+        finished = "summary" in run and run["result"] == config.result
         if not finished:
-            _announce(config, manifest)
-            run = _train(config, manifest, lease, {"identity": identity, **run})
+            _announce(config, manifest, model)
+            loop = _loop(config, model, {name: publish_model(x, config.output) for name, x in ancestors.items()})
+            known = {
+                "digests": digests,
+                **run,
+                "identity": fingerprint(document),
+                "document": document,
+                "result": config.result,
+                "said": _said(config),
+            }
+            run = _train(config, manifest, loop, lease, known, parent_run=parent_run, watch=watch)
         registered = config.register is not None and _register(config, lease, run)
         if finished and not registered:
             say(f"train: nothing to do, all {recipe.num_steps} steps are done")
+        if finished and run["said"] != _said(config):
+            say("train: the card is written: the licences and LPIPS of this command change nothing")
         summary = Summary(**run["summary"])
     if finished:
         return replace(summary, inputs=0, done=0, unchanged=recipe.num_steps, seconds=0.0)
     return summary
 
 
+def _what_counts(recipe: TrainingRecipe) -> dict[str, Any]:
+    """Return the recipe without what may differ between two commands of one run: remedies for memory and for spikes."""
+    fields = asdict(recipe)
+    return {name: fields[name] for name in fields if name not in _REMEDIES}
+
+
+def _check_validation(config: TrainConfig, manifest: Manifest, model: ModelConfig) -> None:
+    """Raise ValueError for a validation that would fail at the first checkpoint."""
+    if model.denoiser is not None:
+        config.validation().grid_of(model.schedule)
+    empty = not manifest.num_pairs("val")
+    check(not (empty and config.result == "best"), "result", config.result,
+          "needs validation pairs; the split val holds none", "use last, or another set")  # fmt: skip
+    if config.lpips is not None:
+        lpips, channels, side = load_lpips(folder=config.lpips), model.encoder.channels, manifest.recipe["patch"]
+        check(channels == 3, "lpips", config.lpips, f"is of 3 channels, not {channels}", "leave it out")
+        check(side >= lpips.smallest_px, "lpips", config.lpips,
+              f"needs patches of {lpips.smallest_px} px, not {side}", "leave it out, or make other pairs")  # fmt: skip
+
+
+def _said(config: TrainConfig) -> list[str | None]:
+    """Return what only the card shows."""
+    return [config.licence, config.data_licence, config.lpips]
+
+
 def _run_uri(output: str) -> str:
     return storage.join(output, "run.json")
 
 
-def _read_run(output: str, identity: str) -> dict[str, Any]:
-    """Return what run.json says: identity, mlflow_run and, when training has ended, summary; {} before the first."""
+def _read_run(output: str, document: dict[str, Any]) -> dict[str, Any]:
+    """Return what run.json says: identity, mlflow_run and, when training has ended, summary; {} before the first.
+
+    document: what decides the weights. Raises ValueError for a run of another one.
+    """
+    if storage.exists(storage.join(output, "tune_run.json")):
+        raise ValueError(f"output ({output}) must be a training's; it is a search's: choose another --output")
     uri = _run_uri(output)
     run: dict[str, Any] = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
-    if run and run["identity"] != identity:
+    if run and run["identity"] != fingerprint(document):
+        if "summary" not in run and newest_files(output) is None:
+            return {}  # it came to nothing, for want of memory for example: mended, it may begin anew
         raise ValueError(
-            f"output ({output}) must belong to the same preset, settings and pairs; it is another run's: choose "
-            "another --output, or, where the set has grown, the one it began with: --pairs SET/manifests/DIGEST.json"
+            f"output ({output}) must belong to the same preset, settings and pairs; it is another run's"
+            f"{_difference(run.get('document', {}), document)}: choose another --output, or, where the set has grown, "
+            "the one it began with: --pairs SET/manifests/DIGEST.json"
         )
     return run
 
 
-def _announce(config: TrainConfig, manifest: Manifest) -> None:
+def _difference(before: dict[str, Any], now: dict[str, Any], path: str = "") -> str:
+    """Return the first field that differs, and its two values, in words; nothing where it cannot be told."""
+    now = json.loads(json.dumps(now))
+    for name in before:
+        old, new, place = before[name], now.get(name), f"{path}{name}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            if found := _difference(old, new, f"{place}."):
+                return found
+        elif old != new:
+            return f" ({place} was {json.dumps(old)}, is {json.dumps(new)})"
+    return ""
+
+
+def _announce(config: TrainConfig, manifest: Manifest, model: ModelConfig) -> None:
     recipe, preset = config.recipe(), presets.get(config.preset)
     parts = ", then ".join(f"{stage.num_steps} steps of {stage.name}" for stage in recipe.stages)
     say(f"train: {config.preset} ({preset.params:,} weights): {parts}; batch {recipe.batch_size}, "
         f"{manifest.num_pairs('train')} pairs")  # fmt: skip
+    say(f"train: {preset.note}")
+    plan = plan_memory(
+        model,
+        recipe,
+        patch_px=recipe.crop_px or manifest.recipe["patch"],
+        world=config.num_workers,
+        checkpoint_activations=config.checkpoint_activations,
+        sharded=config.strategy == "fsdp2",
+        teacher=config.teacher is not None,
+        device="cuda" if config.use_gpu else "cpu",
+    )
+    say(f"train: memory of a worker: {plan.describe()}")
 
 
-def _train(config: TrainConfig, manifest: Manifest, lease: Lease, run: dict[str, Any]) -> dict[str, Any]:
+def _loop(config: TrainConfig, model: ModelConfig, ancestors: dict[str, str]) -> LoopConfig:
+    return LoopConfig(
+        pairs=config.pairs,
+        output=config.output,
+        preset=config.preset,
+        model=model,
+        recipe=config.recipe(),
+        validation=config.validation(),
+        looked_at=None,
+        lpips=config.lpips,
+        init=ancestors.get("init"),
+        teacher=ancestors.get("teacher"),
+        data_licence=config.data_licence,
+        weights_licence=config.licence,
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep,
+        log_every=config.log_every,
+        max_corrupt_share=config.max_corrupt_share,
+        threads=config.threads,
+        sharded=config.strategy == "fsdp2",
+        compiled=config.compile,
+        checkpointed=config.checkpoint_activations,
+    )
+
+
+def _train(
+    config: TrainConfig,
+    manifest: Manifest,
+    loop: LoopConfig,
+    lease: Lease,
+    run: dict[str, Any],
+    *,
+    parent_run: str | None,
+    watch: Report | None,
+) -> dict[str, Any]:
     """Train to the end, publish and log the model; return run.json with its summary, published last."""
     from pipelines import tracking
+    from pipelines.reporter import Reporter
 
     client = tracking.connect()
-    recipe, uri = config.recipe(), _run_uri(config.output)
-    params = {**asdict(config), **asdict(recipe), "weights": presets.get(config.preset).params,
-              "data_digest": manifest.digest}  # fmt: skip
+    recipe, uri = loop.recipe, _run_uri(config.output)
+    params = {**asdict(config), **asdict(recipe), **run["digests"], "prediction": loop.model.prediction,
+              "weights": presets.get(config.preset).params, "data_digest": manifest.digest}  # fmt: skip
     started, first = time.monotonic(), newest_step(config.output)
-    with tracking.run(f"train {config.preset}", run_id=run.get("mlflow_run"), params=params) as run_id:
+    name = f"train {config.preset}"
+    with tracking.run(name, run_id=run.get("mlflow_run"), params=params, parent=parent_run) as run_id:
         if "mlflow_run" not in run:
             tracking.log_pairs(config.pairs, manifest, context="training")
         run = {**run, "mlflow_run": run_id}
         lease.check()
         storage.publish(uri, json.dumps(run).encode())
-        metrics = _run(config, lease, tracking.Reporter(run_id, recipe.num_steps, output=config.output))
-        files = newest_files(config.output)
+        with Reporter(run_id, recipe.num_steps, output=config.output) as reporter:
+            metrics = _run(config, loop, lease, [reporter] if watch is None else [reporter, watch])
+        files = (best_files if config.result == "best" else newest_files)(config.output)
         assert files is not None, "the loop ends with a checkpoint"
         files = {name: files[name] for name in MODEL_FILES}
         model_uri = storage.join(config.output, "model")
@@ -196,12 +235,8 @@ def _train(config: TrainConfig, manifest: Manifest, lease: Lease, run: dict[str,
         publish_files(model_uri, files)
         lease.check()
         # A run that was killed before its summary may have logged and registered this very model already.
-        known = None if config.register is None else tracking.find_version(client, config.register, run_id=run_id)
-        if known is None:
-            example = _example(config, manifest)
-            logged = tracking.log_model(files, example=example)
-        else:
-            logged = str(known.source)
+        known = _find_version(client, config, run_id=run_id, digest=json.loads(files[CONFIG])["digest"])
+        logged = str(known.source) if known else tracking.log_model(files, example=_example(config, manifest))
     summary = Summary(
         job="train",
         run_id=run_id,
@@ -214,9 +249,22 @@ def _train(config: TrainConfig, manifest: Manifest, lease: Lease, run: dict[str,
         metrics=metrics,
     )
     run["summary"] = {name: value for name, value in asdict(summary).items() if name != "exit_code"}
+    run["tags"] = _tags(config, manifest, files, run["digests"])
     lease.check()
     storage.publish(uri, json.dumps(run).encode())
     return run
+
+
+def _tags(config: TrainConfig, manifest: Manifest, files: dict[str, bytes], digests: dict[str, str]) -> dict[str, str]:
+    """Return what the registry says of a version."""
+    return {
+        "diffsr.preset": config.preset,
+        "diffsr.scale": str(manifest.recipe["scale"]),
+        "diffsr.pairs_digest": manifest.digest,
+        "diffsr.model_digest": json.loads(files[CONFIG])["digest"],
+        "diffsr.data_licence": config.data_licence or "not stated",
+        **{f"diffsr.{name}_digest": digest for name, digest in digests.items()},
+    }
 
 
 def _register(config: TrainConfig, lease: Lease, run: dict[str, Any]) -> bool:
@@ -229,8 +277,11 @@ def _register(config: TrainConfig, lease: Lease, run: dict[str, Any]) -> bool:
     assert config.register is not None
     client, before = tracking.connect(), run["summary"]["outputs"]
     lease.check()
-    known = tracking.find_version(client, config.register, run_id=run["mlflow_run"])
-    version = tracking.register_model(before[1], config.register) if known is None else int(known.version)
+    known = _find_version(client, config, run_id=run["mlflow_run"], digest=run["tags"]["diffsr.model_digest"])
+    if known is None:
+        version = tracking.register_model(before[1], config.register, tags=run["tags"])
+    else:
+        version = int(known.version)
     entry = f"models:/{config.register}/{version}"
     run["summary"]["outputs"] = [output for output in before if output != entry] + [entry]
     if entry in before:
@@ -240,92 +291,53 @@ def _register(config: TrainConfig, lease: Lease, run: dict[str, Any]) -> bool:
     return True
 
 
+def _find_version(client: Any, config: TrainConfig, *, run_id: str, digest: str) -> Any:
+    """Return the version under which this run has registered this very model, or None."""
+    from pipelines import tracking
+
+    known = None if config.register is None else tracking.find_version(client, config.register, run_id=run_id)
+    return known if known is not None and known.tags.get("diffsr.model_digest") == digest else None
+
+
 def _example(config: TrainConfig, manifest: Manifest) -> bytes:
-    """Return an LR image of the set as the logged model takes it: a file of 8 bits."""
-    channels = presets.get(config.preset).model.encoder.lr_channels
-    _, lr = PairReader(config.pairs, manifest, "train", seed=0).batch(range(1), channels=channels)
-    return encode_blob(np.clip(np.round(lr[0]), 0, 255).astype(np.uint8), "png")
+    """Return an LR image of the set's size as the logged model takes it: a file of 8 bits."""
+    side, channels = manifest.recipe["patch"] // manifest.recipe["scale"], _lr_channels(config)
+    ramp = np.linspace(0, 255, side, dtype=np.uint8)
+    return encode_blob(np.broadcast_to(ramp[:, None], (side, side, channels)).copy(), "png")
 
 
-def _check_pairs(config: TrainConfig, manifest: Manifest) -> None:
-    model = presets.get(config.preset).model
-    scale, patch = manifest.recipe["scale"], manifest.recipe["patch"]
-    check(
-        scale == model.scale,
-        "pairs scale",
-        scale,
-        f"must be that of {config.preset} ({model.scale})",
-        "make other pairs",
-    )
-    stride, least = model.lr_stride * scale, model.lr_smallest * scale
-    check(patch % stride == 0 and patch >= least, "pairs patch", patch,
-          f"must be a multiple of {stride}, {least} at least, for {config.preset}", "make other pairs")  # fmt: skip
-    recipe = manifest.recipe
-    made = "twins" if recipe["lr_source"] else Degradation.parse(recipe["degradation"], scale).name
-    read = getattr(model.encoder, "kernel", "none")
-    if made in ("bicubic", "bilinear") and read in ("bicubic", "bilinear") and made != read:
-        say(f"train: the pairs were made by {made}, and {config.preset} enlarges its condition by {read}")
-    need = config.recipe().batch_size
-    have = manifest.num_pairs("train")
-    check(have >= need, "pairs in split train", have, f"must be at least the batch ({need})", "add sources")
-    if not manifest.num_pairs("val"):
-        say("train: the split val holds no pairs, so nothing is validated while training")
+def _lr_channels(config: TrainConfig) -> int:
+    return config.model().encoder.lr_channels
 
 
-def _run(config: TrainConfig, lease: Lease, reporter: Any) -> dict[str, float]:
-    """Carry the loop to its end, locally or on Ray Train; return the last metrics.
+def _run(config: TrainConfig, loop: LoopConfig, lease: Lease, takers: list[Report]) -> dict[str, float]:
+    """Carry the loop to its end, locally or on Ray Train; return the last value of each metric.
 
-    Each report is accepted under a checked lease. Raises LeaseHeld, TrainingFailed and what the reporter raises.
+    Each report is accepted under a checked lease. Raises LeaseHeld, TrainingFailed and what the takers raise.
     """
+    last: dict[str, float] = {}
 
     def report(metrics: dict[str, float]) -> None:
         lease.check()
-        reporter(metrics)
+        last.update({name: value for name, value in metrics.items() if name != "step"})
+        for take in takers:
+            take(metrics)
 
-    loop = LoopConfig(
-        pairs=config.pairs,
-        output=config.output,
-        preset=config.preset,
-        recipe=config.recipe(),
-        checkpoint_every=config.checkpoint_every,
-        keep=config.keep,
-        log_every=config.log_every,
-        threads=max(1, int(config.cpus_per_worker)),
-    )
-    if config.engine == "local":
-        try:
-            train_loop(loop, rank=0, world=1, device="cuda" if config.use_gpu else "cpu", report=report)
-        except DivergedError as error:
-            raise TrainingFailed(str(error)) from error
-        return dict(reporter.last)
-    num_cpus = math.ceil(config.num_workers * config.cpus_per_worker)
-    with cluster(num_cpus=num_cpus + 1):
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.torch import TorchTrainer
-        from ray.util.queue import Queue
+    manifest = load_manifest(config.pairs)
+    splits = ("train", "val") if manifest.num_pairs("val") else ("train",)
+    indices = read_indices(config.pairs, manifest, splits)
+    if "val" in indices:
+        reader = PairReader(config.pairs, manifest, "val", seed=0, index=indices["val"])
+        looked_at = reader.batch(range(min(config.val_pairs, reader.num_pairs)), channels=_lr_channels(config))
+        loop = replace(loop, looked_at=looked_at)
+    if config.engine == "ray":
+        from pipelines.ray_training import run_on_ray
 
-        # Reports come to the driver through a queue: only it talks to MLflow, and it shows progress as it comes.
-        reports = Queue(actor_options={"num_cpus": 0})
-        resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {})
-        scaling = ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources)
-        trainer = TorchTrainer(
-            ray_loop,
-            train_loop_config={"loop": loop, "reports": reports},
-            scaling_config=scaling,
-            run_config=RunConfig(
-                name=new_run_id("ray"),
-                storage_path=_ray_storage(config.output),
-                failure_config=FailureConfig(max_failures=config.max_failures),
-            ),
-        )
-        try:
-            with Pump(reports, report):
-                trainer.fit()
-        except TrainingFailedError as error:
-            raise TrainingFailed(f"{error}; the same command continues from the newest checkpoint") from error
-    return dict(reporter.last)
-
-
-def _ray_storage(output: str) -> str:
-    uri = storage.join(output, "_diffsr", "ray")
-    return uri if "://" in uri else storage.open_filesystem(uri)[1]
+        run_on_ray(config, loop, indices["train"], report)
+        return last
+    workers = Workers(report=report, tell=say, device="cuda" if config.use_gpu else "cpu")
+    try:
+        train_loop(loop, partial(feed_in_thread, index=indices["train"]), workers)
+    except DivergedError as error:
+        raise TrainingFailed(f"{error}, in another --output") from error
+    return last

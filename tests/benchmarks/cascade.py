@@ -21,10 +21,10 @@ from diffsr_core.cascade import Cascade
 from diffsr_core.family import ModelConfig, SuperResolver
 from diffsr_core.networks.interpolation import InterpolationConfig
 from diffsr_core.networks.sr3 import SR3Config
-from diffsr_core.objective import StageRecipe
+from diffsr_core.recipe import StageRecipe, TrainingRecipe
 from diffsr_core.resize import downscale
 from diffsr_core.schedule import Schedule
-from diffsr_core.training import Trainer, TrainingRecipe
+from diffsr_core.training import Trainer
 from diffsr_core.upscaler import SamplingRecipe, Upscaler, to_pixels
 
 SIZE, WIDTH_PX, BRIGHT_SHARE, CENTRES_PX = 16, 2.0, 0.7, (3.5, 11.5)
@@ -99,7 +99,7 @@ def trained(config: ModelConfig, *, num_steps: int) -> SuperResolver:
     """Return a model trained on the family: at half its size without a condition, or from half its size."""
     torch.manual_seed(0)
     stage = StageRecipe(name="diffusion", num_steps=max(num_steps, 1), learning_rate=2e-3, loss="l2")
-    recipe = TrainingRecipe(stages=(stage,), batch_size=32, augmentation="none", ema_half_life_images=5000)
+    recipe = TrainingRecipe(stages=(stage,), batch_size=32, augmentation="none", ema_half_lives_images=(5000,))
     trainer = Trainer(SuperResolver(config), recipe)
     for step in range(num_steps):
         hr = family(recipe.batch_size, seed=step)

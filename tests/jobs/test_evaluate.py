@@ -19,7 +19,7 @@ from pipelines import evaluation
 from pipelines.cli import run_job
 from pipelines.manifest import load_manifest
 from pipelines.pairs import PairsConfig, make_pairs
-from pipelines.reader import iter_pairs
+from pipelines.rows import iter_pairs
 from pipelines.scoring import open_dataset
 from tests.core.tiny import MODELS
 from tests.jobs.conftest import Ran, photograph, png, run, tree

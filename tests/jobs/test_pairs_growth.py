@@ -15,7 +15,8 @@ from PIL import Image
 from pipelines import tracking
 from pipelines.manifest import SPLITS, load_manifest
 from pipelines.pairs import PairsConfig, make_pairs
-from pipelines.reader import PairReader, iter_pairs
+from pipelines.reader import PairReader
+from pipelines.rows import iter_pairs
 from tests.jobs.conftest import PAIRS_FLAGS, Ran, photograph, png, tree
 
 PATCH, CELLS = 16, 4  # each source of 32 px holds so many patches

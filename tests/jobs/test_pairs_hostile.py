@@ -21,7 +21,7 @@ from pipelines.images import REASONS
 from pipelines.ledger import Ledger
 from pipelines.manifest import SPLITS, load_manifest
 from pipelines.pairs import PairsConfig, make_pairs
-from pipelines.reader import iter_pairs
+from pipelines.rows import iter_pairs
 from pipelines.runs import Summary
 from tests import hostile
 from tests.jobs.conftest import ROOT, Ran, photograph, png

@@ -22,7 +22,8 @@ from pipelines.blobs import decode_blob
 from pipelines.ledger import Ledger
 from pipelines.manifest import SPLITS, load_manifest
 from pipelines.pairs import PairsConfig, make_pairs
-from pipelines.reader import PairReader, iter_pairs
+from pipelines.reader import PairReader
+from pipelines.rows import iter_pairs
 from pipelines.runs import Summary
 from tests.icc import PRIMARIES_XY, rgb_profile, rgb_to_xyz_d50, srgb_curve
 from tests.jobs.conftest import ROOT, Ran, photograph, png

@@ -21,7 +21,8 @@ from pipelines.images import REASONS
 from pipelines.ledger import Ledger
 from pipelines.manifest import SPLITS, load_manifest
 from pipelines.pairs import PairsConfig, make_pairs
-from pipelines.reader import PairReader, iter_pairs
+from pipelines.reader import PairReader
+from pipelines.rows import iter_pairs
 from pipelines.runs import Summary
 from tests.jobs.conftest import PHOTOGRAPHS, ROOT, Ran, photograph, png
 

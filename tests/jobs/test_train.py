@@ -13,11 +13,12 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
 from diffsr_core import checkpoint
-from pipelines import loop, tracking, training
+from pipelines import ray_training, session, tracking, training, training_config
 from pipelines.checkpoints import load_newest, save_checkpoint
 from pipelines.lease import LeaseHeld
 from pipelines.models import resolve
@@ -105,7 +106,7 @@ def test_a_run_that_lost_its_lease_stops_at_its_next_report(
         save_checkpoint(*words, **named)
         (output / "_diffsr" / "fences" / "0000000099").write_text("{}")
 
-    monkeypatch.setattr(loop, "save_checkpoint", save_and_lose)
+    monkeypatch.setattr(session, "save_checkpoint", save_and_lose)
     lost = call("train", "--pairs", pairs, "--output", output, "--engine", "local", "--register", "lost", *TRAIN_FLAGS)
     assert lost.code == 5 and "lost its lease" in lost.stderr
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["00000004"]
@@ -138,27 +139,49 @@ def test_a_run_that_lost_its_lease_after_training_writes_no_model(
 
 def poisoned(output: Path, trained: Path) -> None:
     """Put a checkpoint with weights that are not finite where a training resumes from."""
-    weights, ema, _, _, _ = load_newest(str(trained)) or pytest.fail("no checkpoint")
-    weights = {name: value * float("nan") for name, value in weights.items()}
+    saved = load_newest(str(trained)) or pytest.fail("no checkpoint")
+    weights = {name: value * float("nan") for name, value in saved.state.weights.items()}
+    counters = {**saved.state.counters, "step": 2}
+    state = saved.state._replace(weights=weights, optimizer={}, counters=counters)
     config = checkpoint.load_model(trained / "model")[0].config
-    files = checkpoint.model_files(config, weights, ema, preset="nano-x4", card="")
-    save_checkpoint(str(output), files, {}, {"step": 2}, metrics={}, keep=2)
+    files = checkpoint.model_files(config, weights, state.averages[2000], preset="nano-x4", card="")
+    save_checkpoint(str(output), files, state, metrics={"step": 2.0}, keep=2)
 
 
-def test_a_training_that_diverges_fails_with_a_remedy(
+STRICT = ["--max-skipped-steps", "3", "--checkpoint-every", "100"]
+
+
+def test_a_training_that_diverges_skips_a_while_and_fails_with_a_remedy(
     pairs: Path, trained: Path, tmp_path: Path, call: Callable[..., Ran]
 ) -> None:
     poisoned(tmp_path / "run", trained)
-    failed = call("train", "--pairs", pairs, "--output", tmp_path / "run", "--engine", "local", *TRAIN_FLAGS)
-    assert failed.code == 1 and "not finite at step 2; lower the learning rate" in failed.stderr
+    flags = ["--pairs", pairs, "--output", tmp_path / "run", "--engine", "local", *TRAIN_FLAGS, *STRICT]
+    failed = call("train", *flags)
+    assert failed.code == 1 and failed.stderr.count("skipped, its gradient's norm was nan") == 3
+    assert "is not finite at step 5, 4 steps in a row; lower the learning rate" in failed.stderr
     assert failed.summary["status"] == "failed" and "Traceback" not in failed.stderr
+    assert (load_newest(str(tmp_path / "run")) or pytest.fail("none")).state.counters["step"] == 2
+
+
+def test_weights_that_are_not_finite_are_never_kept(
+    pairs: Path, trained: Path, tmp_path: Path, call: Callable[..., Ran]
+) -> None:
+    model = tmp_path / "broken"
+    config, average = checkpoint.load_model(trained / "model")[0].config, load_file(trained / "model/ema.safetensors")
+    weights = {name: torch.from_numpy(value) * float("nan") for name, value in average.items()}
+    checkpoint.save_files(model, checkpoint.model_files(config, weights, weights, preset="nano-x4", card=""))
+    flags = ["--pairs", pairs, "--output", tmp_path / "run", "--engine", "local", "--init", model, *TRAIN_FLAGS]
+    failed = call("train", *flags, "--max-skipped-steps", 99)
+    assert failed.code == 1 and "weights must be finite, those of step 4 are not" in failed.stderr
+    assert load_newest(str(tmp_path / "run")) is None
 
 
 def test_on_ray_a_training_that_diverges_is_not_tried_again(pairs: Path, trained: Path, tmp_path: Path) -> None:
     poisoned(tmp_path / "run", trained)
-    failed = run("train", "--pairs", pairs, "--output", tmp_path / "run", "--cpus-per-worker", 0.5, *TRAIN_FLAGS)
+    flags = ["--pairs", pairs, "--output", tmp_path / "run", "--cpus-per-worker", 0.5, *TRAIN_FLAGS, *STRICT]
+    failed = run("train", *flags)
     error = failed.stderr.rpartition("error: ")[2]
-    assert failed.code == 1 and error.startswith("loss (nan)") and "lower the learning rate" in error
+    assert failed.code == 1 and error.startswith("gradient norm (nan, loss nan)") and "lower the learning rate" in error
 
 
 class Reports(queue.Queue):
@@ -172,44 +195,32 @@ def test_an_error_of_the_driver_reaches_the_caller_and_closes_the_queue(monkeypa
 
     closed: list[str] = []
     monkeypatch.setattr(ray, "kill", closed.append)
-    for item, error in (({"step": 1}, LeaseHeld("lost")), ("diverged", TrainingFailed("diverged"))):
+    report_of_1 = ray_training.Message("report", {"step": 1})
+    failure = ray_training.Message("failure", "diverged")
+    for item, error in ((report_of_1, LeaseHeld("lost")), (failure, TrainingFailed("diverged"))):
         reports = Reports()
         reports.put(item)
 
         def report(metrics: Any, error: Exception = error) -> None:
             raise error
 
-        with pytest.raises(type(error), match=str(error)), loop.Pump(reports, report):
+        with pytest.raises(type(error), match=str(error)), ray_training.Pump(reports, report):
             raise RuntimeError("what Ray says when the workers stop")
     assert closed == ["its actor", "its actor"]
 
 
 def test_all_reports_are_taken_before_the_pump_ends() -> None:
     reports, taken = Reports(), []
-    with loop.Pump(reports, taken.append):
+    with ray_training.Pump(reports, taken.append):
         for step in range(5):
-            reports.put({"step": step})
+            reports.put(ray_training.Message("report", {"step": step}))
     assert [metrics["step"] for metrics in taken] == list(range(5))
-
-
-@pytest.mark.parametrize("error", [KeyError("code"), MemoryError(), SystemExit(3)])
-def test_whatever_ends_the_reader_is_raised_by_prefetch(error: BaseException) -> None:
-    class Reader:
-        def batch(self, indices: range, *, channels: int) -> Any:
-            if indices.start:
-                raise error
-            return "batch"
-
-    batches = loop.prefetch(Reader(), batch_size=2, first=0, last=9, rank=0, share=2)
-    assert next(batches) == "batch"
-    with pytest.raises(type(error)):
-        next(batches)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
     with pytest.raises(ValueError, match=rf"seed \({seed}\)"):
-        training.TrainConfig(pairs="p", output="o", seed=seed)
+        training_config.TrainConfig(pairs="p", output="o", seed=seed)
 
 
 def test_killed_and_resumed_it_ends_with_the_same_weights(pairs: Path, trained: Path, tmp_path: Path) -> None:
@@ -281,7 +292,7 @@ def test_two_ray_workers_train_and_register(pairs: Path, tmp_path: Path) -> None
     assert os.path.exists(output / "samples" / "step-00000012.png")
 
 
-def test_more_workers_than_the_batch_divides_is_refused_before_anything_starts(pairs: Path, tmp_path: Path) -> None:
-    done = run("train", "--pairs", pairs, "--output", tmp_path / "run", "--num-workers", 3, "--batch-size", 4)
-    assert done.code == 2 and "batch_size (4)" in done.stderr and "use 6" in done.stderr
+def test_more_workers_than_patches_is_refused_before_anything_starts(pairs: Path, tmp_path: Path) -> None:
+    done = run("train", "--pairs", pairs, "--output", tmp_path / "run", "--num-workers", 5, "--batch-size", 4)
+    assert done.code == 2 and "num_workers (5) must be at most the batch (4), one patch each; use 4" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

@@ -13,9 +13,8 @@ from safetensors.numpy import load_file
 
 from diffsr_core import checkpoint, presets
 from diffsr_core.family import ModelConfig
-from diffsr_core.objective import StageRecipe
-from diffsr_core.training import TrainingRecipe
-from pipelines import loop
+from diffsr_core.recipe import StageRecipe, TrainingRecipe
+from pipelines import session
 from pipelines.checkpoints import save_checkpoint
 from pipelines.ledger import Ledger
 from pipelines.models import resolve
@@ -32,7 +31,7 @@ def tiny_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Presets that train in a second: a tiny one of seed3's kind, one of two stages, one of scale 1."""
 
     def preset(model: ModelConfig, *stages: StageRecipe) -> presets.Preset:
-        recipe = TrainingRecipe(stages=stages, batch_size=4, ema_half_life_images=8, augmentation="none")
+        recipe = TrainingRecipe(stages=stages, batch_size=4, ema_half_lives_images=(8,), augmentation="none")
         return presets.Preset(model=model, recipe=recipe, patch=32, params=1, regression=regression, note="tiny")
 
     diffusion = StageRecipe(name="diffusion", num_steps=3, learning_rate=1e-3)
@@ -76,7 +75,7 @@ def test_a_model_of_one_channel_is_trained_resumed_scored_and_upscales_grey_only
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", save_and_fail)
+        patch.setattr(session, "save_checkpoint", save_and_fail)
         cut = call("train", *grey_flags(small_sets, tmp_path / "cut"))
     assert cut.code == 1 and "no space left" in cut.stderr
     resumed = call("train", *grey_flags(small_sets, tmp_path / "cut"))
@@ -117,7 +116,8 @@ def test_colour_pairs_for_a_model_of_one_channel_are_an_error_that_says_so(
 ) -> None:
     flags = grey_flags(small_sets, tmp_path / "run", "--pairs", small_sets / "colour")
     failed = call("train", *flags)
-    assert failed.code == 1 and "have 3 channels: the model reads 1; choose another preset" in failed.stderr
+    assert failed.code == 1 and "must have 1 channel; of" in failed.stderr
+    assert "another preset than tiny-grey" in failed.stderr
     assert "Traceback" not in failed.stderr and not (tmp_path / "run" / "model").exists()
 
 
@@ -202,7 +202,7 @@ def test_jointly_from_the_first_step_there_is_one_stage(
         (
             "nano-x4",
             {"encoder_steps": 0},
-            r"encoder_steps \(0\) would freeze a random encoder; use 1 or more, or --joint",
+            r"encoder_steps \(0\) would freeze a random encoder; use 1 or more, --joint, or --init",
         ),
         ("nano-x4", {"encoder_steps": -1, "joint": True}, r"encoder_steps \(-1\) must be at least 0"),
     ],

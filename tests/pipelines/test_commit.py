@@ -12,7 +12,7 @@ from pipelines.commit import NUM_EXAMPLES, build_manifest, current_shards, publi
 from pipelines.config import fingerprint
 from pipelines.ledger import GONE, Ledger, Receipt
 from pipelines.manifest import SPLITS, load_manifest
-from pipelines.reader import iter_pairs, iter_tables
+from pipelines.rows import iter_pairs, iter_tables
 from tests.pipelines.tiny_sets import RECIPE, HandSet, make_row, manifest_of
 
 OURS, OTHERS = fingerprint(RECIPE), "another recipe"

@@ -18,7 +18,8 @@ from pipelines.blobs import decode_blob
 from pipelines.ledger import Ledger
 from pipelines.manifest import PAIR_SCHEMA, SPLITS, load_manifest
 from pipelines.pairs import PairsConfig, make_pairs
-from pipelines.reader import PairReader, iter_pairs
+from pipelines.reader import PairReader
+from pipelines.rows import iter_pairs
 
 NUM_SOURCES, PATCH, PER_IMAGE = 12, 16, 7
 

@@ -12,7 +12,10 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file as save_tensors
 from torch import nn
 
+from diffsr_core.upscaler import to_model_range
+from diffsr_core.validation import ValidationRecipe, validate
 from pipelines.perceptual import Lpips, cache_folder, load_lpips, read_features, read_pristine
+from tests.core.tiny import RRDB_TWIN, model_of
 
 # Two threads on networks this small wait for one another.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -285,3 +288,17 @@ def test_niqe_statistics_are_read_by_the_names_of_basicsr(tmp_path: Path) -> Non
     for name in ("other.npz", "small.npz", "array.npy", "bad.npz", "none.npz"):
         with pytest.raises(ValueError, match=name):
             read_pristine(tmp_path / name)
+
+
+def test_a_validation_takes_lpips_as_it_is() -> None:
+    torch.manual_seed(0)
+    lpips = Lpips("alex").requires_grad_(False)
+    hr, lr = (torch.rand(3, 3, side, side) * 2 - 1 for side in (32, 8))
+    recipe = ValidationRecipe()
+    metrics, strips = validate(
+        model_of(RRDB_TWIN), hr, lr, stage="regression", recipe=recipe, perceptual=lpips, chunk=2
+    )
+    for index, method in enumerate(("bicubic", "regression")):
+        rows = [[to_model_range(panel) for panel in np.split(strip, 3, axis=1)] for strip in strips]
+        expected = np.mean([float(lpips(row[index], row[-1])) for row in rows])
+        assert expected != 0 and metrics[f"val_lpips_{method}"] == pytest.approx(expected, rel=1e-4)

@@ -12,9 +12,9 @@ from pipelines import reader as module
 from pipelines import storage
 from pipelines.blobs import decode_blob, encode_blob
 from pipelines.commit import publish_manifest
-from pipelines.loop import prefetch, to_tensor
 from pipelines.manifest import load_manifest
-from pipelines.reader import PairReader, iter_pairs, iter_tables, read_pair
+from pipelines.reader import PairReader, read_index
+from pipelines.rows import iter_pairs, iter_tables, read_pair
 from tests.pipelines.tiny_sets import RECIPE, SCALE, SIDE, make_row, manifest_of, noise, write_shard
 
 LR = SIDE // SCALE
@@ -136,19 +136,6 @@ def test_to_resume_at_a_position_is_to_continue(pairs):
     assert [hashes(back, [position])[0] for position in (count + 3, 0, 2)] == [whole[count + 3], whole[0], whole[2]]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_slices_of_the_ranks_are_the_batch(pairs, world):
-    size, steps = 6, range(2, 6)
-    whole = [reader(pairs).batch(range(step * size, (step + 1) * size)) for step in steps]
-    share = size // world
-    ranks = [list(prefetch(reader(pairs), batch_size=size, first=2, last=6, rank=rank, share=share))
-             for rank in range(world)]  # fmt: skip
-    for index, (hr, lr) in enumerate(whole):
-        assert hr.shape == (size, SIDE, SIDE, 3) and lr.shape == (size, LR, LR, 3)
-        assert np.array_equal(np.concatenate([rank[index][0] for rank in ranks]), hr)
-        assert np.array_equal(np.concatenate([rank[index][1] for rank in ranks]), lr)
-
-
 def test_hr_and_lr_of_a_pair_belong_together_and_grey_is_repeated_only_in_batches(pairs, all_rows):
     by_hr = {row["hr_sha256"]: row for rows in all_rows.values() for row in rows}
     read, channels = reader(pairs), set()
@@ -209,7 +196,7 @@ def test_more_than_8_bits_are_levels_of_255_by_the_value_range(tmp_path, dtype, 
         expected = (pixels.astype(np.float64) - ends[0]) / (ends[1] - ends[0]) * 255
         assert levels.dtype == np.float32
         np.testing.assert_allclose(levels[0], expected, rtol=1e-6, atol=1e-4)  # outside of the range too: not clipped
-    model_range = to_tensor(batch[0])[0].permute(1, 2, 0)
+    model_range = batch[0][0] / 127.5 - 1
     assert model_range[0, 0, 0] == -1 and abs(float(model_range[0, 1, 0]) - 1) < 1e-6
 
 
@@ -289,6 +276,116 @@ def test_a_damaged_blob_is_an_error_that_names_the_shard_and_the_row(tmp_path):
     read = reader(publish(tmp_path, write_shard(tmp_path, "x", rows, group_rows=3)))
     with pytest.raises(ValueError, match=r"shard \(data/x.parquet\) row 5 "):
         hashes(read, range(7))
+
+
+PATCHED = {**RECIPE, "patch": SIDE}
+FAULTS = {
+    "hr is cut off": lambda row: {**row, "hr": row["hr"][:40]},
+    "lr is no picture": lambda row: {**row, "lr": b"not a picture"},
+    "lr is cut off npy": lambda row: {**row, "lr": encode_blob(noise(0, side=LR, dtype=np.uint16), "png")[:-9]},
+    "hr is not there": lambda row: {**row, "hr": None},
+    "both are smaller": lambda row: {**row, "hr": encode_blob(noise(0, side=8), "png"),
+                                     "lr": encode_blob(noise(0, side=2), "png")},
+    "lr is larger": lambda row: {**row, "lr": encode_blob(noise(0, side=LR + 1), "png")},
+    "hr is flat": lambda row: {**row, "hr": npy(noise(0)[:, :, 0])},
+    "hr has four channels": lambda row: {**row, "hr": encode_blob(noise(0, channels=4), "png")},
+}  # fmt: skip
+
+
+def npy(pixels):
+    out = io.BytesIO()
+    np.save(out, pixels)
+    return pa.Codec("zstd").compress(out.getvalue(), asbytes=True)
+
+
+def damaged(root, rows, numbers, fault):
+    """The set of these rows, those of some numbers damaged, and its whole twin: the order is the same in both."""
+    bad = [FAULTS[fault](row) if number in numbers else row for number, row in enumerate(rows)]
+    sets = {"whole": rows, "bad": bad}
+    return [reader(publish(root / name, write_shard(root / name, "x", of, group_rows=3), recipe=PATCHED), seed=2)
+            for name, of in sets.items()]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("run", [1, 2])
+def test_a_corrupt_row_is_named_and_the_next_whole_one_of_the_epoch_stands_in(tmp_path, fault, run):
+    """The oracle is the whole twin; wherever the row comes in the epoch, its last place included."""
+    rows = [make_row("a.png", number) for number in range(7)]
+    order = [row["hr_sha256"] for row in rows]
+    places = [order.index(sha) for sha in hashes(damaged(tmp_path, rows, [], fault)[0], range(14))]
+    for at in (0, 2, 6):
+        numbers = [places[(at + further) % 7] for further in range(run)]
+        whole, bad = damaged(tmp_path / str(at), rows, numbers, fault)
+        hr, lr = whole.batch(range(14))
+        source = list(range(14))
+        for position in range(14):
+            while places[source[position]] in numbers:
+                source[position] = source[position] // 7 * 7 + (source[position] + 1) % 7
+        fed = bad.tolerant_batch(range(14), channels=3)
+        assert np.array_equal(fed.hr, hr[source]) and np.array_equal(fed.lr, lr[source])
+        named = [int(text.split(" row ")[1].split(":")[0]) for text in fed.corrupt]
+        assert named == [number for number in places if number in numbers]
+        assert all(text.startswith("shard (data/x.parquet) row ") and len(text) < 400 for text in fed.corrupt)
+
+
+def test_a_whole_set_is_read_alike_with_and_without_tolerance(pairs):
+    read = reader(pairs)
+    (hr, lr), fed = read.batch(range(60)), read.tolerant_batch(range(60))
+    assert np.array_equal(fed.hr, hr) and np.array_equal(fed.lr, lr) and fed.corrupt == ()
+
+
+def test_more_corrupt_rows_in_a_row_than_are_an_accident_are_an_error(tmp_path, monkeypatch):
+    rows = [make_row("a.png", number) for number in range(7)]
+    _, bad = damaged(tmp_path / "all", rows, range(7), "hr is cut off")
+    with pytest.raises(ValueError, match=r"must not have 7 corrupt rows in a row; the first is shard \(data/x.parquet"):
+        bad.tolerant_batch(range(1))
+    monkeypatch.setattr(module, "MAX_CORRUPT", 3)
+    places = [bad._locate(position) for position in range(7)]
+    numbers = [3 * group + row for group, row in places]
+    _, bad = damaged(tmp_path / "two", rows, numbers[:2], "hr is cut off")
+    assert len(bad.tolerant_batch(range(7)).corrupt) == 2
+    _, bad = damaged(tmp_path / "three", rows, numbers[:3], "hr is cut off")
+    with pytest.raises(ValueError, match="must not have 3 corrupt rows in a row.*make the set again"):
+        bad.tolerant_batch(range(7))
+    grey = reader(one_shard(tmp_path / "four", (noise(0, channels=4), noise(1, side=LR, channels=4))))
+    with pytest.raises(ValueError, match="4 channels: the model reads 3.*choose another preset"):
+        grey.tolerant_batch(range(1))
+
+
+def test_a_shard_that_is_altered_while_it_is_read_is_no_corrupt_row(thinned):
+    pairs, _ = thinned
+    read = reader(pairs)
+    for shard in read.shards:
+        data = bytearray(storage.read_bytes(f"{pairs}/{shard.name}"))
+        metadata = pa.parquet.read_metadata(f"{pairs}/{shard.name}")
+        for group in range(metadata.num_row_groups):
+            hr = metadata.row_group(group).column(metadata.schema.names.index("hr"))
+            data[(hr.dictionary_page_offset or hr.data_page_offset) + hr.total_compressed_size // 2] ^= 1
+        storage.publish(f"{pairs}/{shard.name}", bytes(data))
+    with pytest.raises(ValueError, match="must be whole; it was altered"):
+        read.tolerant_batch(range(1))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_with_an_index_the_order_is_the_same_and_no_shard_is_opened_before_it_is_read(pairs, split, monkeypatch):
+    manifest = load_manifest(pairs)
+    index, expected = read_index(pairs, manifest, split), hashes(reader(pairs, split), range(50))
+    monkeypatch.setattr(module.storage, "open_file", lambda *_, **__: pytest.fail("a shard was opened"))
+    read = reader(pairs, split, index=index)
+    monkeypatch.undo()
+    assert hashes(read, range(50)) == expected
+
+
+@pytest.mark.parametrize("column", ["hr", "lr", "split", "pair_id", "source_key"])
+def test_a_shard_without_a_column_is_an_error_that_names_both(tmp_path, column):
+    whole = write_shard(tmp_path, "a", [make_row("a.png")])
+    shard = write_shard(tmp_path, "b", [make_row("b.png")])
+    path = tmp_path / shard.name
+    pa.parquet.write_table(pa.parquet.read_table(path).drop([column]), path)
+    data = path.read_bytes()
+    shard = dataclasses.replace(shard, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    with pytest.raises(ValueError, match=rf"data/b.parquet\) must have the columns hr, .*lacks {column}; make the set"):
+        read_index(publish(tmp_path, whole, shard), manifest_of(whole, shard), "train")
 
 
 def test_an_empty_split_is_refused(pairs):
