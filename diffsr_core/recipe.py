@@ -84,9 +84,9 @@ class TrainingRecipe:
     ema_half_lives_images: one average of the weights each; the first is the model's. micro_batch: images of a
     worker's forward pass, its gradients are accumulated; None for its whole share.
 
-    A step whose gradient is not finite, or whose norm is above spike_factor times the running mean of the norms, is
-    skipped (the weights stay, the step counts), more than max_skipped_steps of them in a row stop the training; with
-    on_spike `stop` the first does. Raises ValueError.
+    A step whose gradient is not finite, or (after a stage's warm-up) whose norm is above spike_factor times the running
+    mean of the norms, is skipped (the weights stay, the step counts), more than max_skipped_steps of them in a row stop
+    the training; with on_spike `stop` the first does. Raises ValueError.
     """
 
     stages: tuple[StageRecipe, ...]

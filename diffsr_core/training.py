@@ -263,7 +263,9 @@ class Trainer:
         return self.objective.no_sync()
 
     def _is_spike(self, norm: float) -> bool:
-        return self.norm_count >= _SETTLED and norm > self.recipe.spike_factor * self.norm_mean
+        # While the rate rises, layers that begin at zero wake up, and norms grow a hundredfold without any harm.
+        settled = max(_SETTLED, round(self.stage.warmup_share * self.stage.num_steps))
+        return self.norm_count >= settled and norm > self.recipe.spike_factor * self.norm_mean
 
     def _accept(self, norm: float) -> None:
         self.optimizer.step()

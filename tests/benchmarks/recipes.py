@@ -56,7 +56,7 @@ REFERENCE_MODEL = replace(
     told="step",
     prediction="eps",
 )
-BEST_MODEL = replace(REFERENCE_MODEL, prediction="v", told="noise_level")
+BEST_MODEL = replace(REFERENCE_MODEL, prediction="x_0", told="noise_level")
 DIRECT: dict[str, Any] = {"anchor": "zero", "residual_scale": 1.0}
 ANCHORED: dict[str, Any] = {"anchor": "regression", "residual_scale": 10.0, "residual_clip": False}
 REFERENCE_STAGE = _PAPER.recipe.stages[-1]  # L1, 2e-4, halved once

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,6 +80,18 @@ def test_a_spike_is_known_by_the_mean_of_20_norms_and_not_before() -> None:
     assert tensors_of(trainer) == before
     assert trainer.state().counters == {**counters, "step": 21, "skipped": 1, "skipped_in_a_row": 1}
     assert all(one["skipped"] == 0 for one in train(trainer, to=23))
+
+
+def test_while_the_rate_rises_no_norm_is_a_spike() -> None:
+    trainer = sr3_trainer()
+    (stage,) = trainer.recipe.stages
+    trainer.recipe = replace(trainer.recipe, stages=(replace(stage, warmup_share=0.75),))  # 30 of 40 steps
+    train(trainer, to=29)
+    assert bright(trainer)["skipped"] == 0
+    trainer = sr3_trainer()
+    trainer.recipe = replace(trainer.recipe, stages=(replace(stage, warmup_share=0.75),))
+    train(trainer, to=30)
+    assert bright(trainer)["skipped"] == 1
 
 
 @pytest.mark.parametrize(("factor", "skipped"), [(0.99, 1), (1.01, 0)])
