@@ -29,9 +29,13 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Two at a time: the jobs' tests mostly wait for Ray to start.
 test: venv check
 	$(BIN)/python -m tests.s3_server
-	$(BIN)/python -m pytest
+	mkdir -p build
+	$(BIN)/python -m pytest --ignore=tests/jobs -o cache_dir=build/pytest_cache > build/tests.txt 2>&1 & others=$$!; \
+	  $(BIN)/python -m pytest tests/jobs; jobs=$$?; \
+	  wait $$others; rest=$$?; cat build/tests.txt; exit $$((jobs + rest))
 
 # The tables of tests/benchmarks: about 80 minutes. One that fails does not empty its table.
 bench: venv

@@ -22,7 +22,7 @@ Feed = Callable[[FeedConfig], Iterator[Fed]]
 
 
 def train_loop(config: LoopConfig, feed: Feed, workers: Workers) -> None:
-    """Train to the end from the newest whole checkpoint. Rank 0 writes; every rank reports alike (a barrier).
+    """Train to the end from the newest whole checkpoint. Rank 0 writes; every rank reports alike.
 
     The reports that led to that checkpoint are made again: they may have been lost with the process that made them.
     Raises DivergedError, TrainingFailed for more damaged rows than allowed, and ValueError.

@@ -107,7 +107,7 @@ ROWS = (
     Row("told the noise level, not the step", "told"),
     Row("direct: no residual", "direct"),
     Row("residual of the regression, x10", "anchored"),
-    Row("best: v, EMA, rate, noise level", "best", "average"),
+    Row("best: x_0, EMA, rate, noise level", "best", "average"),
     Row("best, in half of the steps", "best_half", "average"),
     Row("best, direct", "best_direct", "average"),
     Row("best, residual of the regression", "best_anchored", "average"),

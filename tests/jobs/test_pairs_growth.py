@@ -225,7 +225,7 @@ def test_mlflow_knows_the_set_once_and_a_training_names_the_very_same(
     assert of_set.data.metrics == {f"pairs_{split}": float(count) for split, count in counts.items()}
     assert of_set.data.params["patch"] == "32" and of_set.data.params["degradation"] == "bicubic"
     files = {entry.path for entry in client.list_artifacts(of_set.info.run_id)}
-    assert files == {"manifest.json", "card.html", "dead_letters.parquet"}
+    assert files == {"manifest.json", "card.html", "dead_letters.parquet", "environment.txt"}
     card = client.download_artifacts(of_set.info.run_id, "card.html")
     assert Path(card).read_bytes() == (pairs / "card.html").read_bytes()
     again = call("make_pairs", "--source", archive, "--output", pairs, "--engine", "local", *PAIRS_FLAGS)

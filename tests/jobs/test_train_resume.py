@@ -255,6 +255,7 @@ def kill_a_worker(words: list[object], *, when: Callable[[], bool], timeout: flo
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_on_ray_a_driver_and_a_worker_may_die_and_another_number_of_workers_may_go_on(
     pairs: Path, tmp_path: Path, call: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
