@@ -213,7 +213,9 @@ ON_RAY = [
     "--steps",
     "12",
     "--val-pairs",
-    "2",
+    "16",
+    "--sampling-steps",
+    "40",  # a validation takes a second or two: the moments to kill last
     "--checkpoint-every",
     "3",
     "--log-every",
