@@ -26,10 +26,8 @@ from diffsr_core.sharding import gathered, shard, split_like, synchronise, whole
 
 AUTOCAST = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SETTLED = 20  # steps of a stage before the mean of its gradient norms says what is usual
-_FIRST_LOSS_SCALE, _LOSS_SCALE_STEPS = (
-    2.0**15,
-    2000,
-)  # of fp16: doubled after so many good steps, halved by each bad one
+# Of fp16: doubled after so many good steps, halved by each bad one.
+_FIRST_LOSS_SCALE, _LOSS_SCALE_STEPS = 2.0**15, 2000
 
 
 class DivergedError(ArithmeticError):
@@ -288,8 +286,8 @@ class Trainer:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.recipe.on_spike == "stop" or self.skipped_in_a_row > self.recipe.max_skipped_steps:
-            rule = f"above {self.recipe.spike_factor:g} times its mean ({self.norm_mean:.3g})"
-            what = f"{rule}" if math.isfinite(norm) else "not finite"
+            above = f"above {self.recipe.spike_factor:g} times its mean ({self.norm_mean:.3g})"
+            what = above if math.isfinite(norm) else "not finite"
             raise DivergedError(
                 f"gradient norm ({norm:.4g}, loss {loss:.4g}) is {what} at step {self.step}, "
                 f"{self.skipped_in_a_row} steps in a row; lower the learning rate or use precision float32"
