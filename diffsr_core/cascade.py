@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffsr_core.upscaler import Pixels, Upscaler
+from diffsr_core.pixels import Pixels
+from diffsr_core.upscaler import Upscaler
 
 
 class Cascade:

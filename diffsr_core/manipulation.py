@@ -5,13 +5,15 @@ level is a dial: near 1 the images stay what they are, near 0 only the LR is lef
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diffsr_core.upscaler import Canvas, Pixels, Upscaler
+from diffsr_core.pixels import Pixels
+from diffsr_core.upscaler import Canvas, Upscaler
 
 
 def slerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
@@ -87,7 +89,8 @@ def fuse_content(
         )
     pasted = np.where(mask[:, :, None], donor, source)
     with upscaler.opened(pixels, digest=_own_noise(digest)) as canvas:
-        return _denoised(upscaler, canvas, upscaler.target(pasted, canvas), canvas.noise_of(0)(0), level)
+        fused: Pixels = _denoised(upscaler, canvas, upscaler.target(pasted, canvas), canvas.noise_of(0)(0), level)
+        return fused
 
 
 def _own_noise(digest: str) -> str:
@@ -95,7 +98,7 @@ def _own_noise(digest: str) -> str:
     return f"{digest} manipulated"
 
 
-def _denoised(upscaler: Upscaler, canvas: Canvas, x_0: Tensor, noise: Tensor, level: float) -> Pixels:
+def _denoised(upscaler: Upscaler, canvas: Canvas, x_0: Tensor, noise: Tensor, level: float) -> Any:
     """Return the image that the recipe's sampler makes of x_0 under this noise, from the level on."""
     drawn = canvas.noise_of(0)
     made = upscaler.run(canvas, upscaler.grid_from(level), noise=lambda step: drawn(step) if step else noise, start=x_0)

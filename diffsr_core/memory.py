@@ -110,7 +110,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+            if not isinstance(tensor, Tensor) or tensor.is_mkldnn:  # packed weights have no storage that is told
+                continue
+            if (storage := tensor.untyped_storage()) not in self._seen:
                 self._seen.add(storage)
                 self._add(storage.nbytes())
                 weakref.finalize(storage, self._add, -storage.nbytes())

@@ -1,21 +1,21 @@
-"""Windows over an absolute grid, and per-step fusion: a function of windows becomes a function of the whole canvas.
+"""Two grids over an image: windows bound the memory, tiles inside a window are what the network is given.
 
-Each window is read with a halo and only its core is written, so the cores tile the canvas once and the order of the
-windows cannot matter. Windows never reach over the canvas: at the image's own border the network sees what it saw in
-training, its padding. Every call has one fixed shape, short batches are filled with zeros: the bytes of the result do
-not depend on how many windows there are or how many run at once (law 3).
+A window's canvas is sampled as one image: at each step every tile is read with a halo and only its core is written, so
+the cores tile the canvas once and the order of the tiles cannot matter. Tiles never reach over the canvas: at the
+image's own border the network sees what it saw in training, its padding. Windows lie on an absolute grid and are read
+with a margin, of which nothing is written: steps are not fused across it, so it has to be wider than the halo.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+Ask = Callable[[Sequence[tuple[Tensor, ...]]], Sequence[tuple[Tensor, ...]]]  # (C, h, w) of each tile in and out
 
-class Window(NamedTuple):
-    """LR pixels: the window begins at (top, left); its core is rows core_top..core_bottom, columns alike (absolute)."""
+
+class Tile(NamedTuple):
+    """LR pixels: the tile begins at (top, left); its core is rows core_top..core_bottom, columns alike."""
 
     top: int
     left: int
@@ -25,26 +25,73 @@ class Window(NamedTuple):
     core_right: int
 
 
-def spans(size: int, tile: int, halo: int) -> list[tuple[int, int, int]]:
-    """Return (origin, core start, core stop) of the windows along one axis; the cores partition range(size).
+class Window(NamedTuple):
+    """LR pixels of the image: the core, of which the result is kept, inside what is read and sampled with it."""
 
+    top: int
+    bottom: int
+    left: int
+    right: int
+    core_top: int
+    core_bottom: int
+    core_left: int
+    core_right: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of what is read."""
+        return self.bottom - self.top, self.right - self.left
+
+    @property
+    def inner(self) -> tuple[slice, slice]:
+        """Rows and columns of the core in what is read."""
+        rows = slice(self.core_top - self.top, self.core_bottom - self.top)
+        return rows, slice(self.core_left - self.left, self.core_right - self.left)
+
+
+def windows(height: int, width: int, *, side: int, margin: int, least: int = 0) -> list[Window]:
+    """Return the windows of an image, row by row: cores of `side` px on an absolute grid, read `margin` px wider.
+
+    What lies beyond the image is not read; an image of at most side px is one window. least: px below which nothing is
+    read where the image has them, at most side: a thin last window is read that much wider instead of the margin, as
+    the padding to a tile would be seen at the image's own border.
+    """
+
+    def along(size: int) -> list[tuple[int, int, int, int]]:
+        out = []
+        for a in range(0, size, side):
+            b = min(a + side, size)
+            before = margin if b - a + margin >= least else least
+            out.append((max(0, a - before), min(b + margin, size), a, b))
+        return out
+
+    return [
+        Window(*rows[:2], *columns[:2], *rows[2:], *columns[2:]) for rows in along(height) for columns in along(width)
+    ]
+
+
+def spans(size: int, tile: int, halo: int, *, shift: int = 0) -> list[tuple[int, int, int]]:
+    """Return (origin, core start, core stop) of the tiles along one axis; the cores partition range(size).
+
+    shift: px by which all but the outer tiles lie further left, for measuring what the place of the grid changes.
     Raises ValueError when the size is below the tile or the halo leaves no core.
     """
     if size < tile:
         raise ValueError(f"canvas ({size}) must be at least one tile ({tile}); pad it first")
     if tile <= 2 * halo:
         raise ValueError(f"halo ({halo}) must be less than half the tile ({tile}); use at most {(tile - 1) // 2}")
-    origins = list(range(0, size - tile, tile - 2 * halo)) + [size - tile]
+    stride = tile - 2 * halo
+    origins = sorted({0, *range(stride - shift % stride, size - tile, stride), size - tile})
     stops = [origin + tile - halo for origin in origins[:-1]] + [size]
     return [(o, a, b) for o, a, b in zip(origins, [0, *stops[:-1]], stops, strict=True)]
 
 
-def windows(height: int, width: int, *, tile: int, halo: int) -> list[Window]:
-    """Return the windows of a canvas (LR pixels), row by row."""
+def tiles(height: int, width: int, *, tile: int, halo: int, shift: int = 0) -> list[Tile]:
+    """Return the tiles of a canvas (LR pixels), row by row."""
     return [
-        Window(top, left, a, b, c, d)
-        for top, a, b in spans(height, tile, halo)
-        for left, c, d in spans(width, tile, halo)
+        Tile(top, left, a, b, c, d)
+        for top, a, b in spans(height, tile, halo, shift=shift)
+        for left, c, d in spans(width, tile, halo, shift=shift)
     ]
 
 
@@ -53,42 +100,27 @@ def padded_size(size: int, *, tile: int, stride: int) -> int:
     return max(tile, -(-size // stride) * stride)
 
 
-def fuse(
-    function: Callable[[list[Tensor]], list[Tensor]],
-    canvases: Sequence[Tensor],
-    plan: Sequence[Window],
-    *,
-    tile: int,
-    micro_batch: int,
-    pool: Executor | None = None,
-) -> list[Tensor]:
-    """Return the canvases (1, C, H', W') that `function` gives window by window.
+def fuse(ask: Ask, canvases: Sequence[Tensor], plan: Sequence[Tile], *, tile: int) -> list[Tensor]:
+    """Return the canvases (1, C, H', W') that a network gives, asked tile by tile.
 
-    canvases: (1, C, H, W) each, at an integer multiple of the plan's resolution. function gets and returns lists of
-    (micro_batch, C, h, w). pool: several micro-batches in flight; the result is the same.
+    canvases: (1, C, H, W) each, at an integer multiple of the plan's resolution.
     """
-    height, unit = max(w.core_bottom for w in plan), max(w.core_right for w in plan)
+    height, unit = max(t.core_bottom for t in plan), max(t.core_right for t in plan)
     factors = [c.shape[-1] // unit for c in canvases]
-
-    def run(chunk: Sequence[Window]) -> list[Tensor]:
-        batch = []
-        for canvas, f in zip(canvases, factors, strict=True):
-            rows = [canvas[0, :, w.top * f : (w.top + tile) * f, w.left * f : (w.left + tile) * f] for w in chunk]
-            rows += [torch.zeros_like(rows[0])] * (micro_batch - len(rows))
-            batch.append(torch.stack(rows))
-        return function(batch)
-
-    chunks = [plan[i : i + micro_batch] for i in range(0, len(plan), micro_batch)]
+    inputs = [
+        tuple(
+            c[0, :, t.top * f : (t.top + tile) * f, t.left * f : (t.left + tile) * f]
+            for c, f in zip(canvases, factors, strict=True)
+        )
+        for t in plan
+    ]
     outputs: list[Tensor] = []
-    for chunk, results in zip(chunks, (pool.map if pool else map)(run, chunks), strict=True):
+    for t, results in zip(plan, ask(inputs), strict=True):
         if not outputs:
             scales = [r.shape[-1] // tile for r in results]
-            outputs = [r.new_empty(1, r.shape[1], height * f, unit * f) for r, f in zip(results, scales, strict=True)]
+            outputs = [r.new_empty(1, r.shape[0], height * f, unit * f) for r, f in zip(results, scales, strict=True)]
         for out, result, f in zip(outputs, results, scales, strict=True):
-            for k, w in enumerate(chunk):
-                y0, y1 = (w.core_top - w.top) * f, (w.core_bottom - w.top) * f
-                x0, x1 = (w.core_left - w.left) * f, (w.core_right - w.left) * f
-                out[0, :, w.core_top * f : w.core_bottom * f, w.core_left * f : w.core_right * f] = result[
-                    k, :, y0:y1, x0:x1
-                ]
+            rows = slice((t.core_top - t.top) * f, (t.core_bottom - t.top) * f)
+            columns = slice((t.core_left - t.left) * f, (t.core_right - t.left) * f)
+            out[0, :, t.core_top * f : t.core_bottom * f, t.core_left * f : t.core_right * f] = result[:, rows, columns]
     return outputs

@@ -18,11 +18,12 @@ from torch import Tensor
 from diffsr_core.family import Condition, SuperResolver, amplitudes, x0_and_eps
 from diffsr_core.metrics import lr_psnr, psnr, ssim
 from diffsr_core.noise import noise_key
+from diffsr_core.pixels import Pixels, to_model_range, to_pixels
 from diffsr_core.recipe import StageName
 from diffsr_core.resize import upscale
 from diffsr_core.sampler import last, sample
+from diffsr_core.sampling import SamplingRecipe
 from diffsr_core.schedule import Schedule, Table
-from diffsr_core.upscaler import Pixels, SamplingRecipe, to_model_range, to_pixels
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # sr, hr (B, 3, H, W) in [-1, 1] -> distance (B,)
 

@@ -21,11 +21,13 @@ from diffsr_core.cascade import Cascade
 from diffsr_core.family import ModelConfig, SuperResolver
 from diffsr_core.networks.interpolation import InterpolationConfig
 from diffsr_core.networks.sr3 import SR3Config
+from diffsr_core.pixels import to_pixels
 from diffsr_core.recipe import StageRecipe, TrainingRecipe
 from diffsr_core.resize import downscale
+from diffsr_core.sampling import SamplingRecipe
 from diffsr_core.schedule import Schedule
 from diffsr_core.training import Trainer
-from diffsr_core.upscaler import SamplingRecipe, Upscaler, to_pixels
+from diffsr_core.upscaler import Upscaler
 
 SIZE, WIDTH_PX, BRIGHT_SHARE, CENTRES_PX = 16, 2.0, 0.7, (3.5, 11.5)
 NUM_STEPS, NUM_IMAGES = (1500, 600), 300  # of training: the base, and the second model, whose task is easier

@@ -17,8 +17,10 @@ from diffsr_core.checkpoint import model_from_files
 from diffsr_core.degradation import Degradation, crop_to_multiple
 from diffsr_core.metrics import lr_psnr, psnr, spectral_error
 from diffsr_core.niqe import niqe
+from diffsr_core.pixels import Pixels, to_model_range, to_pixels
 from diffsr_core.resize import upscale
-from diffsr_core.upscaler import Pixels, SamplingRecipe, Upscaler, to_model_range, to_pixels
+from diffsr_core.sampling import SamplingRecipe
+from diffsr_core.upscaler import Upscaler
 from pipelines import storage
 from pipelines.blobs import decode_blob
 from pipelines.models import resolve

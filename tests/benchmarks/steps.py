@@ -24,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffsr_core import presets
 from diffsr_core.family import DENOISERS, ModelConfig, SuperResolver, x0_and_eps
 from diffsr_core.networks.sr3 import SR3Config
+from diffsr_core.pixels import to_pixels
 from diffsr_core.prepared import prepared
 from diffsr_core.sampler import default_grid, last, sample
 from diffsr_core.schedule import sampling_grid
-from diffsr_core.upscaler import to_pixels
 
 LITE = "sr3-lite-16-128"
 SECONDS_A_NETWORK = 8.0  # of repeating all variants in turn: at least twice, at most eight times

@@ -9,7 +9,9 @@ from diffsr_core.cascade import Cascade
 from diffsr_core.family import ModelConfig
 from diffsr_core.metrics import lr_psnr
 from diffsr_core.networks.interpolation import InterpolationConfig
-from diffsr_core.upscaler import Pixels, SamplingRecipe, Upscaler
+from diffsr_core.pixels import Pixels
+from diffsr_core.sampling import SamplingRecipe
+from diffsr_core.upscaler import Upscaler
 from tests.benchmarks.cascade import SIZE, blob, family, fitted
 from tests.core.tiny import DDPM, MODELS, RRDB_TWIN, SEED3, SR3, SRDIFF, model_of
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffsr_core.consistency import project
+from diffsr_core.consistency import CONSISTENCIES, LOW_BAND, project
 from diffsr_core.degradation import Degradation
 from diffsr_core.metrics import lr_psnr
-from diffsr_core.resize import upscale
+from diffsr_core.resize import downscale, upscale
 
 
 def photographs() -> list[np.ndarray]:
@@ -70,37 +70,115 @@ def test_result_is_within_the_model_range_and_the_input_is_left_alone() -> None:
     assert torch.equal(sr, before)
 
 
-def test_an_image_does_not_change_with_its_batch() -> None:
+@pytest.mark.parametrize("mode", CONSISTENCIES)
+def test_an_image_does_not_change_with_its_batch(mode: str) -> None:
     sr = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.3
     lr = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.3
-    whole = project(sr, lr, scale=4, iterations=3)
+    whole = project(sr, lr, scale=4, iterations=3, mode=mode)
     for n in range(3):
-        assert torch.equal(whole[n : n + 1], project(sr[n : n + 1], lr[n : n + 1], scale=4, iterations=3))
+        assert torch.equal(whole[n : n + 1], project(sr[n : n + 1], lr[n : n + 1], scale=4, iterations=3, mode=mode))
+    assert torch.equal(whole, sr.clamp(-1, 1)) == (mode == "off")
 
 
+@pytest.mark.parametrize(("mode", "low", "high"), [("exact", 2, 4), ("interval", 2, 4), ("low-band", 7, 10)])
 @pytest.mark.parametrize("iterations", [1, 2])
-def test_a_pixel_is_moved_only_by_what_lies_within_four_lr_px_per_iteration(iterations: int) -> None:
-    sr = torch.randn(1, 1, 96, 96, generator=torch.Generator().manual_seed(0)) * 0.3
-    lr = torch.zeros(1, 1, 24, 24)
+def test_a_pixel_is_moved_only_by_what_lies_within_four_lr_px_per_iteration(
+    iterations: int, mode: str, low: int, high: int
+) -> None:
+    sr = torch.randn(1, 1, 192, 192, generator=torch.Generator().manual_seed(0)).double() * 0.3
+    lr = torch.zeros(1, 1, 48, 48).double()
     other = sr.clone()
-    other[0, 0, 48, 48] += 0.5
-    moved = (project(sr, lr, scale=4, iterations=iterations) != project(other, lr, scale=4, iterations=iterations))[
-        0, 0
+    other[0, 0, 96, 96] += 0.5
+    one, two = (project(x, lr, scale=4, iterations=iterations, mode=mode) for x in (sr, other))
+    reach = ((one != two)[0, 0].nonzero() - 96).abs().max() / 4
+    assert low * iterations < reach < high * iterations
+
+
+# --- interval: the quantisation of the LR is no reason to move ---
+
+
+def rounded(x: torch.Tensor, white: int) -> torch.Tensor:
+    return ((x + 1) * (white / 2)).round() / (white / 2) - 1
+
+
+@pytest.mark.parametrize("white", [255, 65535])
+def test_interval_leaves_an_image_whose_downscale_rounds_to_the_lr(white: int) -> None:
+    hr = (to_model(photographs()[0]) * 0.9).double()
+    lr = rounded(downscale(hr, 4), white)
+    keywords = {"scale": 4, "iterations": 4, "half_step": 1 / white}
+    assert (project(hr, lr, mode="interval", **keywords) - hr).abs().max() < 1e-12  # type: ignore[arg-type]
+    assert not torch.equal(project(hr, lr, mode="exact", **keywords), hr)  # type: ignore[arg-type]
+
+
+def test_interval_ends_within_half_a_step_of_the_lr() -> None:
+    lr = rounded(to_model(photographs()[1]) * 0.8, 255).double()[:, :, :48, :48]
+    start = noisy_start(lr.float(), 4).double() + 0.05
+    off = [
+        (downscale(project(start, lr, scale=4, iterations=n, mode="interval"), 4) - lr).abs().max() * 127.5
+        for n in (0, 20, 80)
     ]
-    reach = (moved.nonzero() - 48).abs().max()
-    assert 8 * iterations < reach < 16 * iterations
+    assert off[0] > 6 and off[1] < 0.7 and off[2] < 0.51
 
 
-def test_gradient_passes_through() -> None:
+# --- low-band: tone and colour of the LR, not its noise ---
+
+
+def test_low_band_takes_a_constant_offset_back_in_one_iteration() -> None:
+    tones = torch.tensor([0.3, -0.2, 0.6]).view(1, 3, 1, 1)
+    sr, lr = torch.full((1, 3, 32, 20), 0.5), tones.expand(1, 3, 8, 5)
+    assert (project(sr, lr, scale=4, iterations=1, mode="low-band") - tones).abs().max() < 1e-6
+
+
+def test_low_band_does_not_take_a_checkerboard_of_the_lr_on() -> None:
+    y, x = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
+    lr = (0.1 * (-1.0) ** (x + y)).expand(1, 3, 24, 24)
+    sr = torch.zeros(1, 3, 96, 96)
+    taken = {
+        mode: float(downscale(project(sr, lr, scale=4, iterations=6, mode=mode), 4)[:, :, 8:16, 8:16].std() / lr.std())
+        for mode in ("exact", "low-band")
+    }
+    assert taken["exact"] > 0.8 and taken["low-band"] < 1e-3
+
+
+@pytest.mark.parametrize("period", [4.0, 8.0, 16.0, 32.0])
+def test_low_band_takes_on_of_a_wave_what_its_gaussian_lets_through(period: float) -> None:
+    # A Gaussian of deviation s passes exp(-2 (pi s / period)^2) of a wave, cut off at 3 s; one iteration from zero.
+    wave = 0.2 * torch.cos(2 * np.pi * torch.arange(128, dtype=torch.float64) / period)
+    lr = wave.expand(1, 1, 12, 128)
+    sr = torch.zeros(1, 1, 48, 512, dtype=torch.float64)
+    found, exact = (
+        project(sr, lr, scale=4, iterations=1, mode=mode)[0, 0, 24, 128:384] for mode in ("low-band", "exact")
+    )
+    gain = float((found * exact).sum() / exact.square().sum())
+    assert gain == pytest.approx(np.exp(-2 * (np.pi * LOW_BAND / period) ** 2), abs=0.006)
+
+
+def test_off_is_the_clipped_input_whatever_the_iterations() -> None:
+    sr = torch.linspace(-2, 2, 256).view(1, 1, 16, 16)
+    assert torch.equal(project(sr, torch.ones(1, 1, 4, 4), scale=4, iterations=9, mode="off"), sr.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("mode", CONSISTENCIES)
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (7, 3)])
+def test_every_mode_works_on_any_size(mode: str, size: tuple[int, int]) -> None:
+    sr, lr = torch.full((2, 3, 4 * size[0], 4 * size[1]), 0.5), torch.full((2, 3, *size), 0.25)
+    found = project(sr, lr, scale=4, iterations=3, mode=mode)
+    assert found.shape == sr.shape and float(found.std()) < 1e-6
+
+
+@pytest.mark.parametrize("mode", CONSISTENCIES)
+def test_gradient_passes_through(mode: str) -> None:
     sr = (torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double() * 0.2).requires_grad_()
     lr = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: project(x, lr, scale=2, iterations=2), (sr,))
+    assert torch.autograd.gradcheck(lambda x: project(x, lr, scale=2, iterations=2, mode=mode), (sr,))
 
 
 def test_mistakes_are_refused_by_name() -> None:
     sr, lr = torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 4, 4)
     with pytest.raises(ValueError, match="iterations is -1"):
         project(sr, lr, scale=4, iterations=-1)
+    with pytest.raises(ValueError, match=r"mode \('strict'\) must be one of exact, interval, low-band, off"):
+        project(sr, lr, scale=4, iterations=1, mode="strict")
     with pytest.raises(ValueError, match="it must be 2 times lr"):
         project(sr, lr, scale=2, iterations=1)
     with pytest.raises(ValueError, match="sr is torch.float32 and lr is torch.float64"):

@@ -14,9 +14,11 @@ from diffsr_core.family import ModelConfig
 from diffsr_core.manipulation import fuse_content, interpolate, slerp
 from diffsr_core.metrics import lr_psnr
 from diffsr_core.noise import gaussian, noise_key
+from diffsr_core.pixels import Pixels, to_model_range, to_pixels
 from diffsr_core.sampler import Noise, last, sample
+from diffsr_core.sampling import SamplingRecipe
 from diffsr_core.schedule import Schedule
-from diffsr_core.upscaler import Pixels, SamplingRecipe, Upscaler, to_model_range, to_pixels
+from diffsr_core.upscaler import Upscaler
 from tests.core.tiny import MODELS, RRDB_TWIN, SR3, SRDIFF, model_of
 
 # x_0 is the image itself, nothing is clipped: what a known denoiser makes of it can be written down.

@@ -1,6 +1,7 @@
-"""Laws of tiling: the cores partition the canvas, and how the windows run cannot be seen in the result."""
+"""Laws of tiling: the cores partition the canvas, and how the tiles run cannot be seen in the result."""
 
 import random
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate
 
-from diffsr_core.tiling import Window, fuse, padded_size, spans, windows
+from diffsr_core.batching import Exchange, Network
+from diffsr_core.tiling import Tile, fuse, padded_size, spans, tiles
 
 TILES = [(1, 0), (2, 0), (3, 1), (4, 1), (8, 0), (8, 3), (16, 4), (17, 8), (64, 8)]
 
@@ -25,6 +27,15 @@ def convolve(inputs: list[Tensor]) -> list[Tensor]:
     return [conv2d(inputs[0], KERNEL, padding=1)]
 
 
+def fused(
+    function: Network, canvases: Sequence[Tensor], plan: Sequence[Tile], *, tile: int, micro_batch: int
+) -> list[Tensor]:
+    """fuse, whose tiles are asked for in calls of micro_batch."""
+    exchange = Exchange({"network": function}, size=micro_batch)
+    with exchange.member() as member:
+        return fuse(lambda asked: exchange.ask(member, "network", asked), canvases, plan, tile=tile)
+
+
 @pytest.mark.parametrize(("tile", "halo"), TILES)
 def test_the_cores_partition_every_size(tile: int, halo: int) -> None:
     for size in range(tile, tile + 200):
@@ -34,7 +45,7 @@ def test_the_cores_partition_every_size(tile: int, halo: int) -> None:
 
 
 @pytest.mark.parametrize(("tile", "halo"), TILES)
-def test_every_window_lies_inside_and_keeps_its_halo_except_at_the_canvas_border(tile: int, halo: int) -> None:
+def test_every_tile_lies_inside_and_keeps_its_halo_except_at_the_canvas_border(tile: int, halo: int) -> None:
     for size in range(tile, tile + 200):
         for origin, start, stop in spans(size, tile, halo):
             assert origin >= 0 and origin + tile <= size
@@ -45,7 +56,7 @@ def test_every_window_lies_inside_and_keeps_its_halo_except_at_the_canvas_border
 def test_a_plan_covers_each_pixel_of_the_canvas_once() -> None:
     for height, width in ((64, 64), (65, 64), (70, 200), (131, 97)):
         covered = torch.zeros(height, width)
-        for w in windows(height, width, tile=64, halo=8):
+        for w in tiles(height, width, tile=64, halo=8):
             covered[w.core_top : w.core_bottom, w.core_left : w.core_right] += 1
             assert w.top <= w.core_top < w.core_bottom <= w.top + 64 <= height
             assert w.left <= w.core_left < w.core_right <= w.left + 64 <= width
@@ -53,7 +64,7 @@ def test_a_plan_covers_each_pixel_of_the_canvas_once() -> None:
 
 
 @pytest.mark.parametrize("stride", [2, 4, 8])
-def test_windows_begin_on_the_stride_when_the_settings_lie_on_it(stride: int) -> None:
+def test_tiles_begin_on_the_stride_when_the_settings_lie_on_it(stride: int) -> None:
     for tile in range(stride, 8 * stride, stride):
         for halo in range(0, (tile + 1) // 2, stride):
             if tile <= 2 * halo:
@@ -73,14 +84,14 @@ def test_a_canvas_is_the_smallest_that_holds_a_tile_and_ends_on_the_stride() -> 
 def test_a_convolution_within_the_halo_is_exactly_that_of_the_whole_canvas(tile: int, halo: int) -> None:
     for height, width in ((16, 16), (17, 31), (40, 23)):
         canvas = integers(1, 2, height, width)
-        plan = windows(height, width, tile=tile, halo=halo)
-        (found,) = fuse(convolve, [canvas], plan, tile=tile, micro_batch=3)
+        plan = tiles(height, width, tile=tile, halo=halo)
+        (found,) = fused(convolve, [canvas], plan, tile=tile, micro_batch=3)
         assert torch.equal(found, conv2d(canvas, KERNEL, padding=1))
 
 
 def test_a_convolution_wider_than_the_halo_shows_its_seams_and_only_there() -> None:
     canvas = integers(1, 2, 16, 24)
-    (found,) = fuse(convolve, [canvas], windows(16, 24, tile=8, halo=0), tile=8, micro_batch=4)
+    (found,) = fused(convolve, [canvas], tiles(16, 24, tile=8, halo=0), tile=8, micro_batch=4)
     wrong = (found != conv2d(canvas, KERNEL, padding=1)).any(dim=1)[0]
     seams = torch.zeros(16, 24, dtype=torch.bool)
     seams[[7, 8]] = True
@@ -96,12 +107,12 @@ def test_canvases_of_several_resolutions_are_cut_and_joined_at_the_same_places()
         enlarged = interpolate(small, scale_factor=3, mode="nearest")
         return [conv2d(large, KERNEL, padding=1) + enlarged, small * 2, interpolate(large, scale_factor=2)]
 
-    found = fuse(function, [lr, big], windows(20, 29, tile=8, halo=2), tile=8, micro_batch=2)
+    found = fused(function, [lr, big], tiles(20, 29, tile=8, halo=2), tile=8, micro_batch=2)
     for ours, whole in zip(found, function([lr, big]), strict=True):
         assert torch.equal(ours, whole)
 
 
-def test_neither_the_order_of_the_windows_nor_the_number_in_flight_changes_a_byte() -> None:
+def test_neither_the_order_of_the_tiles_nor_the_number_in_flight_changes_a_byte() -> None:
     generator = torch.Generator().manual_seed(4)
     canvas = torch.randn(1, 2, 50, 70, generator=generator)
     kernel = torch.randn(2, 2, 3, 3, generator=generator)
@@ -109,20 +120,26 @@ def test_neither_the_order_of_the_windows_nor_the_number_in_flight_changes_a_byt
     def function(inputs: list[Tensor]) -> list[Tensor]:
         return [conv2d(inputs[0], kernel, padding=1)]
 
-    plan = windows(50, 70, tile=16, halo=4)
-    (first,) = fuse(function, [canvas], plan, tile=16, micro_batch=4)
-    shuffled = list(plan)
-    for seed in range(5):
-        random.Random(seed).shuffle(shuffled)
-        with ThreadPoolExecutor(3) as pool:
-            (other,) = fuse(function, [canvas], shuffled, tile=16, micro_batch=4, pool=pool)
-        assert other.numpy().tobytes() == first.numpy().tobytes()
+    plan = tiles(50, 70, tile=16, halo=4)
+    (first,) = fused(function, [canvas], plan, tile=16, micro_batch=4)
+    exchange = Exchange({"network": function}, size=4)
+
+    def shuffled(seed: int) -> Tensor:
+        order = list(plan)
+        random.Random(seed).shuffle(order)
+        with exchange.member() as member:
+            (out,) = fuse(lambda asked: exchange.ask(member, "network", asked), [canvas], order, tile=16)
+        return out
+
+    with ThreadPoolExecutor(3) as pool:
+        found = [first, *map(shuffled, range(2)), *pool.map(shuffled, range(2, 8))]
+    assert len({out.numpy().tobytes() for out in found}) == 1
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 50])
 def test_every_call_has_one_shape_and_what_is_missing_is_zero(micro_batch: int) -> None:
     lr, big = torch.ones(1, 2, 24, 30), torch.ones(1, 5, 48, 60)
-    plan = windows(24, 30, tile=8, halo=1)
+    plan = tiles(24, 30, tile=8, halo=1)
     real = 0
 
     def function(inputs: list[Tensor]) -> list[Tensor]:
@@ -134,18 +151,18 @@ def test_every_call_has_one_shape_and_what_is_missing_is_zero(micro_batch: int) 
         real += sum(filled)
         return [inputs[0]]
 
-    fuse(function, [lr, big], plan, tile=8, micro_batch=micro_batch)
+    fused(function, [lr, big], plan, tile=8, micro_batch=micro_batch)
     assert real == len(plan)
 
 
-def test_a_window_is_read_where_the_plan_says() -> None:
+def test_a_tile_is_read_where_the_plan_says() -> None:
     canvas = torch.arange(12 * 10, dtype=torch.float32).view(1, 1, 12, 10)
     plan = [
-        Window(top=0, left=0, core_top=0, core_bottom=5, core_left=0, core_right=10),
-        Window(top=2, left=0, core_top=5, core_bottom=12, core_left=0, core_right=10),
+        Tile(top=0, left=0, core_top=0, core_bottom=5, core_left=0, core_right=10),
+        Tile(top=2, left=0, core_top=5, core_bottom=12, core_left=0, core_right=10),
     ]
     seen: list[Tensor] = []
-    (found,) = fuse(
+    (found,) = fused(
         lambda inputs: seen.append(inputs[0]) or inputs,  # type: ignore[func-returns-value]
         [canvas],
         plan,
@@ -163,8 +180,8 @@ def test_what_is_written_lies_where_the_core_says() -> None:
     def function(inputs: list[Tensor]) -> list[Tensor]:
         return [torch.full_like(inputs[0], next(numbered))]
 
-    plan = windows(6, 6, tile=4, halo=1)
-    (found,) = fuse(function, [canvas], plan, tile=4, micro_batch=1)
+    plan = tiles(6, 6, tile=4, halo=1)
+    (found,) = fused(function, [canvas], plan, tile=4, micro_batch=1)
     assert [(w.core_bottom, w.core_right) for w in plan] == [(3, 3), (3, 6), (6, 3), (6, 6)]
     expected = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat_interleave(3, 0).repeat_interleave(3, 1)
     assert torch.equal(found[0, 0], expected)
@@ -172,11 +189,28 @@ def test_what_is_written_lies_where_the_core_says() -> None:
 
 def test_the_plan_gives_the_resolution_whatever_canvas_comes_first() -> None:
     # An encoder's features may be larger than the LR, and a canvas may have no channel at all.
-    plan = windows(12, 20, tile=8, halo=2)
+    plan = tiles(12, 20, tile=8, halo=2)
     large, small, empty = integers(1, 3, 48, 80), integers(1, 1, 24, 40, seed=1), torch.zeros(1, 0, 12, 20)
     for canvases in ([large, small, empty], [empty, small, large], [small]):
-        found = fuse(lambda inputs: inputs, canvases, plan, tile=8, micro_batch=2)
+        found = fused(lambda inputs: inputs, canvases, plan, tile=8, micro_batch=2)
         assert all(torch.equal(one, other) for one, other in zip(found, canvases, strict=True))
+
+
+@pytest.mark.parametrize(("tile", "halo"), [(8, 0), (8, 3), (16, 4), (64, 8)])
+def test_a_shifted_grid_partitions_as_well_and_moves_every_cut_but_the_last_by_the_shift(tile: int, halo: int) -> None:
+    stride = tile - 2 * halo
+    for size in range(tile, tile + 150, 7):
+        plain = spans(size, tile, halo)
+        for shift in range(stride):
+            plan = spans(size, tile, halo, shift=shift)
+            assert [i for _, start, stop in plan for i in range(start, stop)] == list(range(size))
+            for origin, start, stop in plan:
+                assert 0 <= origin <= size - tile
+                assert start - origin >= halo or start == origin == 0
+                assert origin + tile - stop >= halo or stop == origin + tile == size
+            inner = [origin for origin, _, _ in plan[1:-1]]
+            assert inner == [k * stride - shift for k in range(1, size) if 0 < k * stride - shift < size - tile]
+        assert spans(size, tile, halo, shift=stride) == spans(size, tile, halo, shift=0) == plain
 
 
 def test_a_canvas_below_the_tile_and_a_halo_without_core_are_errors() -> None:

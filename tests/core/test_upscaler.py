@@ -1,6 +1,8 @@
 """Laws of the upscaler: a pure function of pixels and digest, exact in size, faithful to its LR, and without seams."""
 
+import re
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from diffsr_core.metrics import lr_psnr, psnr
 from diffsr_core.networks.rrdb import RRDBConfig
 from diffsr_core.networks.srdiff import SRDiffConfig
 from diffsr_core.noise import gaussian, noise_key
+from diffsr_core.pixels import Pixels, bicubic, to_model_range, to_pixels
+from diffsr_core.sampling import SamplingRecipe
 from diffsr_core.schedule import Schedule, sampling_grid
-from diffsr_core.upscaler import Pixels, SamplingRecipe, Upscaler, bicubic, threads, to_model_range, to_pixels
+from diffsr_core.upscaler import Upscaler, threads
 from tests.core import tiny
 
 # Anchored, in space-to-depth, told the level: like nano-x4.
@@ -137,7 +141,8 @@ def test_any_size_gives_exactly_scale_times_it_and_as_many_channels(
     kept = pixels.copy()
     recipe = {"tile": 64, "halo": 8, "num_steps": 1, "micro_batch": 1}
     found = upscaler(config, **recipe)(pixels, digest="a")  # type: ignore[arg-type]
-    for image in found:
+    assert found.uncertainty is None  # of one sample
+    for image in found[:2]:
         assert image.shape == (height * config.scale, width * config.scale, channels)
         assert image.dtype == np.uint8
     assert np.array_equal(pixels, kept)
@@ -147,7 +152,7 @@ def test_a_grey_image_is_the_mean_of_the_three_channels_that_its_colour_twin_get
     grey = picture(20, 23, 1)
     with_colour = upscaler(consistency="off")(np.repeat(grey, 3, axis=2), digest="a")
     found = upscaler(consistency="off")(grey, digest="a")
-    for one, three in zip(found, with_colour, strict=True):
+    for one, three in zip(found[:2], with_colour[:2], strict=True):
         assert np.abs(one[:, :, 0] - three.astype(float).mean(axis=2)).max() <= 1  # three roundings against one
         assert (three.max(axis=2) != three.min(axis=2)).any()
 
@@ -201,7 +206,7 @@ def test_the_projection_keeps_a_bicubic_lr_at_50_db(config: ModelConfig) -> None
     recipe = {"tile": 64, "halo": 8, "num_steps": 2}
     faithful = upscaler(config, **recipe)(lr, digest="a")  # type: ignore[arg-type]
     free = upscaler(config, consistency="off", **recipe)(lr, digest="a")  # type: ignore[arg-type]
-    for projected, image in zip(faithful, free, strict=True):
+    for projected, image in zip(faithful[:2], free[:2], strict=True):
         assert lr_psnr(lr, image, scale=config.scale) < 40
         assert lr_psnr(lr, projected, scale=config.scale) >= 50
 
@@ -232,7 +237,7 @@ def test_tiles_whose_halo_holds_the_receptive_field_leave_no_seam() -> None:
     pixels = picture(120, 120)
     whole = upscaler(tile=120, halo=0, num_steps=2, micro_batch=1, consistency="off")(pixels, digest="a")
     tiled = upscaler(tile=96, halo=36, num_steps=2, micro_batch=2, consistency="off")(pixels, digest="a")
-    for one, other in zip(whole, tiled, strict=True):
+    for one, other in zip(whole[:2], tiled[:2], strict=True):
         assert psnr(one, other) > 60
     cut = upscaler(tile=24, halo=0, num_steps=2, micro_batch=8, consistency="off")(pixels, digest="a")
     assert psnr(whole.sr, cut.sr) < 60  # the measure sees a seam where there is one
@@ -276,6 +281,12 @@ def test_the_bicubic_baseline_keeps_a_constant_and_the_size() -> None:
         ({"num_threads": 0}, r"num_threads \(0\)"),
         ({"halo": -1}, r"halo \(-1\)"),
         ({"tile": 16, "halo": 8}, r"halo \(8\).*half the tile \(16\)"),
+        ({"window": 0}, r"window \(0\)"),
+        ({"margin": -1}, r"margin \(-1\)"),
+        ({"window": 63}, r"window \(63\).*at least the tile \(64\)"),
+        ({"num_samples": 0}, r"num_samples \(0\)"),
+        ({"choice": "median"}, r"choice \('median'\).*first, mean, best"),
+        ({"choice": "best"}, r"choice \(best\).*num_samples"),
     ],
 )
 def test_a_recipe_that_cannot_be_run_is_an_error_that_names_the_field(fields: dict[str, object], message: str) -> None:
@@ -285,8 +296,40 @@ def test_a_recipe_that_cannot_be_run_is_an_error_that_names_the_field(fields: di
 
 def test_a_recipe_that_does_not_fit_the_model_is_an_error_before_any_image() -> None:
     assert ANCHORED.lr_stride == 2
-    for fields, message in (({"tile": 17}, r"tile \(17\).*stride \(2\)"), ({"halo": 3}, r"halo \(3\).*stride \(2\)")):
-        with pytest.raises(ValueError, match=message):
-            upscaler(**fields)  # type: ignore[arg-type]
+    for name, value in (("tile", 17), ("halo", 3), ("window", 99), ("margin", 31)):
+        with pytest.raises(ValueError, match=rf"{name} \({value}\).*stride \(2\)"):
+            upscaler(**{name: value})
     with pytest.raises(ValueError, match=r"steps \(101\).*100"):
         upscaler(num_steps=101)
+    with pytest.raises(ValueError, match=r"num_samples \(2\) must be 1: the model has no denoiser"):
+        upscaler(replace(ANCHORED, denoiser=None), num_samples=2)
+
+
+def refusal(config: ModelConfig, changes: dict[str, int]) -> str | None:
+    """What check_fits says, None where the settings fit."""
+    recipe = replace(RECIPE, **changes)  # type: ignore[arg-type]
+    try:
+        recipe.check_fits(config)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_the_remedy_for_a_setting_off_the_stride_is_one_that_works() -> None:
+    deep = replace(ANCHORED, denoiser=replace(ANCHORED.denoiser, multipliers=(1, 2, 2, 2)))
+    wrong: list[dict[str, int]] = [
+        {"tile": 17, "halo": 8, "window": 64},
+        {"tile": 65, "halo": 8, "window": 200},
+        {"tile": 3, "halo": 0},
+        {"tile": 16, "halo": 7},
+        {"tile": 32, "halo": 15, "window": 32},
+        {"tile": 16, "halo": 0, "window": 17},
+        {"tile": 16, "halo": 0, "margin": 1},
+    ]
+    for config, changes in product((ANCHORED, deep), wrong):
+        followed: dict[str, int] = {}
+        while (message := refusal(config, {**changes, **followed})) is not None:
+            (name, remedy), *_ = re.findall(r"^(\w+) \(.*; use (\d+)$", message)
+            assert name not in followed, message
+            followed[name] = int(remedy)
+        assert followed

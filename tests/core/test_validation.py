@@ -13,11 +13,11 @@ from diffsr_core.family import ModelConfig, Prediction, SuperResolver
 from diffsr_core.metrics import lr_psnr, psnr, ssim
 from diffsr_core.networks.sr3 import SR3Config
 from diffsr_core.objective import Objective
+from diffsr_core.pixels import Pixels, to_pixels
 from diffsr_core.recipe import StageRecipe
 from diffsr_core.resize import upscale
 from diffsr_core.sampler import SAMPLERS, noise_scales
 from diffsr_core.schedule import sampling_grid
-from diffsr_core.upscaler import Pixels, to_pixels
 from diffsr_core.validation import ValidationRecipe, validate, validation_loss, validation_x0_error
 from tests.core.tiny import (
     ANCHORED,
