@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -173,9 +174,9 @@ def _remove(root: str, step: int) -> None:
     folder = _folder(root, step)
     for name in sorted(storage.list_names(folder), key=lambda name: name != STATE):
         storage.delete(storage.join(folder, name))
-    filesystem, path = storage.open_filesystem(folder)
-    with suppress(OSError):  # object stores have no folders
-        filesystem.rmdir(path)
+    if storage.is_local(folder):  # object stores have no folders
+        with suppress(OSError):
+            os.rmdir(folder.removeprefix("file://"))
 
 
 def _first_whole(

@@ -256,59 +256,20 @@ def test_of_concurrent_creators_exactly_one_wins_and_its_content_stays(tmp_path)
     assert no_temporaries(tmp_path)
 
 
-class Store:
-    """Stands in for S3: `pipe_file` raises the given errors one by one, then succeeds; a listing has pages of two."""
-
-    def __init__(self, *errors, objects=()):
-        self.errors, self.objects = list(errors), sorted(objects)
-
-    def split_path(self, path):
-        return *path.split("/", 1), None
-
-    def call_s3(self, method, *, Bucket, Prefix, ContinuationToken="0"):
-        found = [{"Key": key, "Size": size, "ETag": '"e"'} for key, size in self.objects if key.startswith(Prefix)]
-        end = int(ContinuationToken) + 2
-        more = {"IsTruncated": True, "NextContinuationToken": str(end)} if end < len(found) else {"IsTruncated": False}
-        return {"Contents": found[end - 2 : end]} | more
-
-    def pipe_file(self, path, data, *, mode):
-        assert mode == "create"
-        if self.errors:
-            raise self.errors.pop(0)
-
-
-def s3_error(code, kind=OSError):
-    cause = Exception(code)
-    cause.response = {"Error": {"Code": code}}
-    error = kind(errno.EINVAL, "At least one of the pre-conditions you specified did not hold")
-    error.__cause__ = cause
-    return error
-
-
-def test_every_way_a_store_says_already_there_is_false_and_any_other_error_is_raised():
-    assert storage._create_s3(Store(), "b/k", b"x") is True
-    assert storage._create_s3(Store(FileExistsError("there")), "b/k", b"x") is False
-    assert storage._create_s3(Store(s3_error("PreconditionFailed")), "b/k", b"x") is False
-    assert storage._create_s3(Store(s3_error("412")), "b/k", b"x") is False
-    assert storage._create_s3(Store(s3_error("ConditionalRequestConflict")), "b/k", b"x") is True
-    with pytest.raises(PermissionError):
-        storage._create_s3(Store(s3_error("AccessDenied", PermissionError)), "b/k", b"x")
-    with pytest.raises(OSError, match="pre-conditions"):
-        storage._create_s3(Store(s3_error("InvalidArgument")), "b/k", b"x")
-    with pytest.raises(OSError, match="still in conflict"):
-        storage._create_s3(Store(*[s3_error("ConditionalRequestConflict")] * 9), "b/k", b"x")
-
-
-def test_an_s3_listing_turns_every_page_and_leaves_out_markers_and_neighbours():
-    stored = {"p/": 0, "p/a.png": 1, "p/_diffsr/x.png": 1, "p/d/": 0, "p/d/b.png": 2, "p/z.PNG": 0, "pq/no.png": 1}
-    store = Store(objects=stored.items())
-    found = list(storage._list_s3(store, "bucket/p", ("",)))
-    assert [(item.key, item.size, item.etag) for item in found] == [
-        ("a.png", 1, "e"),
-        ("d/b.png", 2, "e"),
-        ("z.PNG", 0, "e"),
-    ]
-    assert storage._list_s3(store, "bucket/nothing", ("",)) is None
+def test_a_file_is_created_only_where_nothing_is_and_on_a_store_only_in_one_request(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "CREATE_BYTES", 10)
+    (tmp_path / "small").write_bytes(b"small")
+    (tmp_path / "large").write_bytes(b"eleven byte")
+    uri = storage.join(root, "a.bin")
+    assert storage.create_file(uri, tmp_path / "small") is True
+    assert storage.create_file(uri, tmp_path / "small") is False
+    if storage.is_local(root):
+        assert storage.create_file(storage.join(root, "b.bin"), tmp_path / "large") is True
+    else:
+        with pytest.raises(ValueError, match=r"large.*11 bytes.*at most 10"):
+            storage.create_file(storage.join(root, "b.bin"), tmp_path / "large")
+    assert storage.read_bytes(uri) == (tmp_path / "small").read_bytes() == b"small"
+    assert no_temporaries(tmp_path)
 
 
 @pytest.mark.parametrize("uri", ["", "s3://", "s3:///key", "s3://white space/key", "s3://b/k?versionId=1"])
