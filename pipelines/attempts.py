@@ -14,7 +14,11 @@ MAX_DEATHS = 2
 
 
 class Attempts:
-    """The trail of one unit. `enter` is called before each asset, `leave` when the unit is done."""
+    """The trail of one unit. It is called with the key of each asset before that, `leave` when the unit is done.
+
+    careful: this unit killed its process before; its assets are then to be done one at a time, or the wrong one is
+    blamed.
+    """
 
     def __init__(self, root: str, unit_id: str) -> None:
         self.uri = storage.join(root, "attempts", f"{unit_id}.json")
@@ -27,7 +31,7 @@ class Attempts:
                 self.deaths[trail["begun"]] = self.deaths.get(trail["begun"], 0) + 1
         self._mark("")
 
-    def enter(self, key: str) -> None:
+    def __call__(self, key: str) -> None:
         """Mark the asset as begun; raise Refused when it has killed its worker before, MAX_DEATHS times."""
         if not self.careful:
             return

@@ -5,27 +5,39 @@ import logging
 import os
 import sys
 import time
+import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
 from pipelines.attempts import Attempts
 from pipelines.ledger import Plan, Receipt
+from pipelines.stopping import Stop, is_marked, keep_handler, marked
 
 T = TypeVar("T")
 
 
-Enter = Callable[[str], None]
 MAX_DEATHS = 10  # of a Ray actor and of the task it dies in; `attempts` finds the asset that kills long before
 
 
-class Worker(Protocol):
-    """Does one unit: rows of the plan in, one receipt per row out. Built once per process from plain arguments.
+class Enter(Protocol):
+    """Called with the key of an asset before it is begun; raises Refused for one that has killed its worker before.
 
-    It calls `enter(key)` before each asset, which raises Refused for one that has killed its worker before.
+    careful: the unit has killed its process before; assets are then to be done one at a time, or the wrong one is
+    blamed.
     """
+
+    @property
+    def careful(self) -> bool: ...
+
+    def __call__(self, key: str) -> None: ...
+
+
+class Worker(Protocol):
+    """Does one unit: rows of the plan in, one receipt per row out. Built once per process from plain arguments."""
 
     def __call__(self, rows: list[dict[str, Any]], enter: Enter) -> list[Receipt]: ...
 
@@ -70,6 +82,7 @@ def cluster(*, num_cpus: int) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    put_back = keep_handler()
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.ERROR)
         available = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
@@ -84,6 +97,7 @@ def cluster(*, num_cpus: int) -> Iterator[None]:
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
+    put_back()  # Ray's handler of SIGTERM would end the driver before the units in flight are recorded
     try:
         yield
     finally:
@@ -94,21 +108,31 @@ def do_unit(worker: Worker, plan: Plan, index: int) -> list[Receipt]:
     """Return the receipts of one unit, its attempts on record while it runs."""
     rows = plan.unit(index)
     attempts = Attempts(plan.root, rows[0]["unit_id"])
-    receipts = worker(rows, attempts.enter)
+    receipts = worker(rows, attempts)
     attempts.leave()
     return receipts
 
 
 class UnitActor:
-    """The Ray Data face of a worker: row {index} -> row {receipts as JSON}. Heavy bytes never pass through here."""
+    """The Ray Data face of a worker: row {index} -> row {receipts as JSON}. Heavy bytes never pass through here.
 
-    def __init__(self, make: Callable[..., Worker], arguments: dict[str, Any], plan_uri: str) -> None:
+    A unit that comes after the stop marker is not begun, and gives no receipts.
+    """
+
+    def __init__(self, make: Callable[..., Worker], arguments: dict[str, Any], plan_uri: str, marker: str) -> None:
         self.worker = make(**arguments)
         self.plan = Plan(plan_uri)
+        self.marker, self.stopped = marker, False
+        self.name, self.begun = uuid.uuid4().hex, 0
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        self.stopped = self.stopped or is_marked(self.marker)  # once seen it is asked for no more
+        if self.stopped:
+            return {"receipts": "[]", "actor": self.name, "begun": self.begun}
+        self.begun += 1
         receipts = do_unit(self.worker, self.plan, int(row["index"]))
-        return {"receipts": json.dumps([asdict(receipt) for receipt in receipts])}
+        text = json.dumps([asdict(receipt) for receipt in receipts])
+        return {"receipts": text, "actor": self.name, "begun": self.begun}
 
 
 def run_units(
@@ -120,23 +144,42 @@ def run_units(
     engine: str,
     num_workers: int,
     use_gpu: bool = False,
+    stop: Stop,
+    marker: str,
 ) -> Iterator[list[Receipt]]:
-    """Yield the receipts of each unit as it ends. make: a worker class; arguments: its plain keyword arguments."""
+    """Yield the receipts of each unit as it ends; when `stop` has a reason the units in flight are the last.
+
+    make: a worker class; arguments: its plain keyword arguments; marker: URI of the object that tells actors to stop.
+    """
     check_engine(engine, num_workers)
     if engine == "local":
         worker = make(**arguments)
         for index in indices:
+            if stop.reason:
+                return
             yield do_unit(worker, plan, index)
         return
     rows = [{"index": index} for index in indices]
-    fields = {"make": make, "arguments": arguments, "plan_uri": plan.uri}
-    for row in map_actors(rows, UnitActor, fields, num_workers=num_workers, use_gpu=use_gpu):
-        yield [Receipt(**receipt) for receipt in json.loads(row["receipts"])]
+    fields = {"make": make, "arguments": arguments, "plan_uri": plan.uri, "marker": marker}
+    # Thousands of units may follow the stop, and Ray takes 8 ms to pass each by. So the driver leaves when every actor
+    # has said that it begins no more, and all that those have begun has come in. One that died is waited for in vain.
+    ended: Counter[str] = Counter()
+    stopped: dict[str, int] = {}
+    mapped = map_actors(rows, UnitActor, fields, num_workers=num_workers, use_gpu=use_gpu)
+    with marked(stop, marker), closing(mapped):
+        for row in mapped:
+            if receipts := json.loads(row["receipts"]):
+                ended[row["actor"]] += 1
+                yield [Receipt(**receipt) for receipt in receipts]
+            else:
+                stopped[row["actor"]] = row["begun"]
+            if len(stopped) == min(num_workers, len(rows)) and all(ended[name] == stopped[name] for name in stopped):
+                return
 
 
 def map_actors(
     rows: list[dict[str, Any]], actor: type, arguments: dict[str, Any], *, num_workers: int, use_gpu: bool = False
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Yield the rows that a pool of Ray Data actors makes of `rows`, one block each, as they end.
 
     from_items with a block per row: read_parquet of a small plan gives one block, which would run on one actor only.

@@ -38,8 +38,8 @@ RECEIPT_SCHEMA = pa.schema(
         ("fence", pa.int64()),
     ]
 )
-PLAN_SCHEMA = pa.schema([("unit_id", pa.string()), ("key", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
 LISTING_SCHEMA = pa.schema([("key", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
+PLAN_SCHEMA = pa.schema([("unit_id", pa.string()), *LISTING_SCHEMA, ("attempts", pa.int32())])
 SEGMENT = re.compile(r"\d{10}-\d{6}\.parquet")  # a stray file of some desktop is no segment
 OUTPUT_LOST = "output_lost"  # written by verify; the next run redoes the asset
 GONE = "gone"  # a source that is listed no more: it leaves the set, and is work again when it comes back
@@ -105,6 +105,16 @@ class Ledger:
                 return table.append_column("order", pa.array(np.arange(table.num_rows, dtype=np.int64)))
         raise OSError(f"the segments of {self.root} change faster than they are read; try again when its run has ended")
 
+    def of_run(self, run_id: str, *, fence: int) -> pa.Table:
+        """Return the receipts of one run, oldest first; only the newest segments are read. For the holder of fence."""
+        found = [RECEIPT_SCHEMA.empty_table()]
+        for table in self.newest(RECEIPT_SCHEMA.names):
+            found.append(table.filter(pc.equal(table["run_id"], run_id)))
+            if pc.any(pc.less(table["fence"], fence)).as_py():
+                break
+        rows = pa.concat_tables(found)
+        return rows.take(np.arange(rows.num_rows - 1, -1, -1))
+
     def latest(self, columns: Sequence[str] | None = None, *, recipe: str | None = None) -> pa.Table:
         """Return the latest receipt of each key, oldest first; recipe: as if those of other recipes were not there."""
         names = list(columns) if columns is not None else RECEIPT_SCHEMA.names
@@ -113,6 +123,17 @@ class Ledger:
             table = table.filter(pc.equal(table["recipe"], recipe))
         # Not `take`, which copies a column into one piece first.
         return table.filter(_is_last(table.select(["key", "order"]), ("key",))).select([*names, "order"])
+
+    def newest(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield the receipts in pieces, the newest first; who stops early has read no more than that.
+
+        Raises FileNotFoundError where a compaction took the segments away meanwhile.
+        """
+        for uri in reversed(self.segments()):
+            file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(uri)))
+            for index in reversed(range(file.num_row_groups)):
+                table = file.read_row_group(index, columns=list(columns))
+                yield table.take(np.arange(table.num_rows - 1, -1, -1))
 
     def compact(self, *, fence: int) -> bool:
         """Put one segment in the place of more than MAX_SEGMENTS; return whether it did. For the holder of `fence`.
@@ -190,32 +211,10 @@ def list_table(source: str, *, suffixes: frozenset[str] | None = None) -> pa.Tab
     return pa.Table.from_batches(batches, schema=LISTING_SCHEMA).sort_by("key")
 
 
-def accounted(listing: pa.Table, latest: pa.Table, *, recipe: str, model: str, retry_dead: bool) -> pa.Table:
-    """Return for each row of the listing, in its order, `known` (bool) and the `fence` of the receipt that knows it.
-
-    An asset is known when the latest receipt of its key is of the same etag, recipe and model. The latest receipt
-    decides, not any receipt: after a -> b -> a (a source edited back, a model rolled back) the output holds b, so a is
-    work again. Dead letters stay dead until `retry_dead`; a lost output, and a source that was gone, is always work.
-    latest: key, etag, recipe, model, status, reason, fence.
-    """
-    same = pc.and_(pc.equal(latest["recipe"], recipe), pc.equal(latest["model"], model))
-    same = pc.and_(same, pc.invert(pc.is_in(latest["reason"], value_set=pa.array([OUTPUT_LOST, GONE]))))
-    if retry_dead:
-        same = pc.and_(same, pc.not_equal(latest["status"], "dead"))
-    ours = latest.filter(same)
-    place = pc.index_in(listing["key"], value_set=ours["key"])
-    known = pc.fill_null(pc.equal(ours["etag"].take(place), listing["etag"]), False)
-    return pa.table({"known": known, "fence": ours["fence"].take(place)})
-
-
-def difference(listing: pa.Table, latest: pa.Table, *, recipe: str, model: str, retry_dead: bool) -> pa.Table:
-    """Return the rows of the listing that are not `accounted` for, sorted by key."""
-    found = accounted(listing, latest, recipe=recipe, model=model, retry_dead=retry_dead)
-    return listing.filter(pc.invert(found["known"])).sort_by("key")
-
-
 def pack(work: pa.Table, *, recipe: str, model: str, unit_bytes: int) -> Iterator[pa.Table]:
     """Yield units: consecutive rows of the sorted work, closed when they reach unit_bytes; PLAN_SCHEMA.
+
+    work: key, etag, size, attempts.
 
     Each object counts at least LEAST_BYTES. A unit's id is a hash of its (key, etag) rows, the recipe and the model:
     it does not depend on the cluster.
@@ -225,7 +224,7 @@ def pack(work: pa.Table, *, recipe: str, model: str, unit_bytes: int) -> Iterato
     while start < len(ends):
         before = int(ends[start - 1]) if start else 0
         stop = min(int(np.searchsorted(ends, before + unit_bytes)) + 1, len(ends))
-        rows = work.slice(start, stop - start).select(["key", "etag", "size"]).combine_chunks()
+        rows = work.slice(start, stop - start).select(["key", "etag", "size", "attempts"]).combine_chunks()
         hasher = blake2b(f"{recipe}\0{model}\0".encode(), digest_size=12)
         hasher.update("".join(pc.binary_join_element_wise(rows["key"], rows["etag"], "", "\0").to_pylist()).encode())
         yield rows.add_column(0, "unit_id", pa.repeat(hasher.hexdigest(), rows.num_rows))
@@ -283,6 +282,14 @@ def save_plan(ledger: Ledger, units: Iterable[pa.Table], *, recipe: str, model: 
     uri = storage.join(ledger.root, "plans", f"{uuid.uuid4().hex}.parquet")
     storage.publish(uri, sink.getvalue())
     return Plan(uri)
+
+
+def units_left(plan: Plan, ledger: Ledger) -> list[int]:
+    """Return the indices of the units without a receipt since the plan was made."""
+    rows = ledger.rows(["unit_id", "fence"])
+    ended = pc.unique(rows.filter(pc.greater_equal(rows["fence"], plan.fence))["unit_id"])
+    left = pc.invert(pc.is_in(pa.array(plan.unit_ids(), pa.string()), value_set=ended))
+    return [int(index) for index in pc.indices_nonzero(left).to_pylist()]
 
 
 def open_plans(ledger: Ledger) -> list[Plan]:

@@ -9,21 +9,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
+from pipelines.accounting import WHY, accounted
 from pipelines.corpus import read_source as read_source
 from pipelines.engine import Worker, progress, run_units, say
 from pipelines.lease import Lease
-from pipelines.ledger import GONE, Ledger, Plan, Receipt, accounted, open_plans, pack, save_plan
+from pipelines.ledger import GONE, Ledger, Plan, Receipt, open_plans, pack, save_plan, units_left
+from pipelines.selection import select
+from pipelines.stopping import Stop
 
 FLUSH_S = 5.0
-STATE = ("key", "etag", "recipe", "model", "status", "reason", "fence")  # what tells whether an asset is work
+# What tells whether an asset is work.
+STATE = ("key", "etag", "recipe", "model", "status", "reason", "attempts", "fence")
 
 
 class BudgetExceeded(RuntimeError):
-    """More assets became dead letters than the error budget allows; what was done is kept. counts: the run so far."""
+    """More assets became dead letters than the error budget allows; what was done is kept.
 
-    def __init__(self, message: str, counts: dict[str, int]) -> None:
+    counts: the run so far; outcome: all that a Work's run counted, None of another job.
+    """
+
+    def __init__(self, message: str, counts: dict[str, int], outcome: "Outcome | None" = None) -> None:
         super().__init__(message)
-        self.counts = counts
+        self.counts, self.outcome = counts, outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,7 @@ class Work:
     receipts and plans of other recipes are left alone and count for nothing here. Otherwise there is one result per
     key, and its latest receipt decides. max_gone_share: known sources that are listed no more get a receipt `gone`,
     unless they are more than this share: then the source is the wrong one, and nothing is done. None: they stay.
+    include, exclude: shell patterns, as in `selection`; what they leave out is as if it were not listed, but not gone.
     """
 
     listing: Callable[[], pa.Table]
@@ -46,6 +54,8 @@ class Work:
     limit: int | None = None
     sets: bool = False
     max_gone_share: float | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
     def latest(self) -> pa.Table:
         """Return columns STATE of the latest receipts that count for this work."""
@@ -54,20 +64,32 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a run would do: assets listed, unchanged (the ledger has them), to do (new or changed, within the limit),
-    and their bytes; rows is the work itself, keys are those of the listing, sorted."""
+    """What a run would do: assets listed (and selected), unchanged (the ledger has them, its dead letters too), to do
+    within the limit, and their bytes.
+
+    counts, bytes: of all that is listed, by why it is work or none, one of WHY: `unchanged` is there without `failed`,
+    the dead letters that stay dead. rows: the work itself, key, etag, size, attempts. keys: of what is listed, sorted;
+    present: of what lies in the source, whether it is selected or not.
+    """
 
     listed: int
     unchanged: int
     todo: int
     todo_bytes: int
+    counts: dict[str, int]
+    bytes: dict[str, int]
     rows: pa.Table
     keys: pa.ChunkedArray
+    present: pa.ChunkedArray
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a run did, counted over this run's assets; unchanged assets are those that the ledger already had."""
+    """What a run did, counted over this run's assets; unchanged assets are those that the ledger already had.
+
+    stopped: why it ended before its work did (`Stop.reason`), "" if it did not; left: assets of its plans that it had
+    not begun by then.
+    """
 
     inputs: int = 0
     done: int = 0
@@ -75,6 +97,8 @@ class Outcome:
     dead: int = 0
     unchanged: int = 0
     resumed_units: int = 0
+    stopped: str = ""
+    left: int = 0
 
 
 def forecast(work: Work, *, fence: int | None = None) -> Forecast:
@@ -82,9 +106,13 @@ def forecast(work: Work, *, fence: int | None = None) -> Forecast:
 
     fence: of the run that asks; what it has already done itself does not count as unchanged.
     """
-    listing = work.listing()
-    found = accounted(listing, work.latest(), recipe=work.recipe, model=work.model, retry_dead=work.retry_dead)
-    rows = listing.filter(pc.invert(found["known"]))
+    source = work.listing()
+    listing = select(source, include=work.include, exclude=work.exclude)
+    settings = {"recipe": work.recipe, "model": work.model}
+    found = accounted(listing, work.latest(), **settings, retry_dead=work.retry_dead, fence=fence)
+    sums = pa.table({"why": found["why"], "size": listing["size"]}).group_by("why")
+    by = {row["why"]: row for row in sums.aggregate([("size", "sum"), ("size", "count")]).to_pylist()}
+    rows = listing.append_column("attempts", found["attempts"]).filter(pc.invert(found["known"]))
     if work.limit is not None:
         rows = rows.slice(0, work.limit)
     before = found["known"] if fence is None else pc.and_(found["known"], pc.not_equal(found["fence"], fence))
@@ -93,8 +121,11 @@ def forecast(work: Work, *, fence: int | None = None) -> Forecast:
         unchanged=_count(before),
         todo=rows.num_rows,
         todo_bytes=int(pc.sum(rows["size"]).as_py() or 0),
+        counts={why: by[why]["size_count"] if why in by else 0 for why in WHY},
+        bytes={why: by[why]["size_sum"] if why in by else 0 for why in WHY},
         rows=rows,
         keys=listing["key"],
+        present=source["key"],
     )
 
 
@@ -109,13 +140,21 @@ def run(
     run_id: str,
     lease: Lease,
     label: str,
+    stop: Stop | None = None,
 ) -> Outcome:
-    """Do the work under the lease: first what an interrupted run left, then the difference. Raises BudgetExceeded."""
-    ledger, outcome = Ledger(work.output), Outcome()
-    writer = _Writer(ledger, lease, run_id)
+    """Do the work under the lease: first what an interrupted run left, then the difference. Raises BudgetExceeded.
 
-    def execute(plan: Plan, indices: list[int]) -> None:
-        if indices:
+    When `stop` has a reason, also that of an exceeded budget, no further unit is begun; those in flight are finished
+    and recorded, and what is left of the plan stays for the next run.
+    """
+    ledger, outcome, stop = Ledger(work.output), Outcome(), stop or Stop()
+    writer = _Writer(ledger, lease, run_id)
+    marker = storage.join(ledger.root, f"stop-{lease.fence:010d}")
+
+    def execute(plan: Plan, indices: list[int]) -> int:
+        """Return how many assets were not begun."""
+        total, before = plan.num_assets(indices), outcome.inputs
+        if indices and not stop.reason:
             batches = run_units(
                 plan,
                 indices,
@@ -124,47 +163,63 @@ def run(
                 engine=engine,
                 num_workers=num_workers,
                 use_gpu=use_gpu,
+                stop=stop,
+                marker=marker,
             )
-            planned = outcome.inputs + plan.num_assets(indices)
-            _collect(progress(batches, total=len(indices), label=label), work, writer, outcome, planned=planned)
+            shown = progress(batches, total=len(indices), label=label)
+            _collect(shown, work, writer, outcome, planned=before + total, stop=stop)
+        left = total - (outcome.inputs - before)
+        outcome.left += left
+        return left
 
     for plan in open_plans(ledger):
         if (plan.recipe, plan.model) == (work.recipe, work.model):
-            left = _units_left(plan, ledger)
+            left = units_left(plan, ledger)
             if work.limit is not None and plan.num_assets(left) > work.limit:
                 say(f"{label}: an interrupted plan is larger than limit ({work.limit}) and is given up")
                 storage.delete(plan.uri)
                 continue
-            if left and not _holds(plan, left, work.listing()):
+            if left and not _holds(plan, left, work):
                 say(f"{label}: sources of an interrupted plan have changed since; the rest of it is planned anew")
                 storage.delete(plan.uri)
                 continue
             say(f"{label}: an interrupted plan is continued, {len(left)} of {plan.num_units} units are left")
             outcome.resumed_units += len(left)
-            execute(plan, left)
+            if execute(plan, left):
+                continue
         elif work.sets:  # of another set: continued when that is asked for again
             continue
         storage.delete(plan.uri)  # finished, or made for other settings: its assets are found again by the difference
+    if stop.reason:
+        return _stopped(outcome, stop, label)
     if work.limit is not None:
         work = replace(work, limit=max(0, work.limit - outcome.inputs))
     ahead = forecast(work, fence=lease.fence)
     outcome.unchanged = ahead.unchanged
     if work.max_gone_share is not None:
-        writer.add(_gone(work, ahead.keys, work.max_gone_share))
+        writer.add(_gone(work, ahead.present, work.max_gone_share))
         writer.flush()
     if ahead.todo:
         units = pack(ahead.rows, recipe=work.recipe, model=work.model, unit_bytes=work.unit_bytes)
         plan = save_plan(ledger, units, recipe=work.recipe, model=work.model, fence=lease.fence)
         say(f"{label}: {ahead.todo} new or changed of {ahead.listed} assets, in {plan.num_units} units")
-        execute(plan, list(range(plan.num_units)))
-        storage.delete(plan.uri)
+        if not execute(plan, list(range(plan.num_units))):
+            storage.delete(plan.uri)
     elif not ahead.listed:
         say(f"{label}: the source holds no object with the name of an image")
     elif work.limit is None:
         say(f"{label}: nothing to do, all {ahead.listed} assets are accounted for")
     _check_ledger(outcome, work, ahead.keys)
     lease.check()
+    if outcome.left:  # who asked for the end waits for it: the next run compacts
+        return _stopped(outcome, stop, label)
     ledger.compact(fence=lease.fence)
+    return outcome
+
+
+def _stopped(outcome: Outcome, stop: Stop, label: str) -> Outcome:
+    outcome.stopped = stop.reason
+    say(f"{label}: ended early ({stop.reason}); {outcome.left} assets of the plan are left for the next run")
     return outcome
 
 
@@ -172,16 +227,9 @@ def _count(flags: pa.ChunkedArray) -> int:
     return int(pc.sum(flags).as_py() or 0)
 
 
-def _units_left(plan: Plan, ledger: Ledger) -> list[int]:
-    """Return the units without a receipt since the plan was made."""
-    rows = ledger.rows(["unit_id", "fence"])
-    since = rows.filter(pc.greater_equal(rows["fence"], plan.fence))
-    ended = set(pc.unique(since["unit_id"]).to_pylist())
-    return [index for index, unit_id in enumerate(plan.unit_ids()) if unit_id not in ended]
-
-
-def _holds(plan: Plan, indices: list[int], listing: pa.Table) -> bool:
-    """Return whether every asset of these units is still listed as it was planned."""
+def _holds(plan: Plan, indices: list[int], work: Work) -> bool:
+    """Return whether every asset of these units is still listed, and selected, as it was planned."""
+    listing = select(work.listing(), include=work.include, exclude=work.exclude)
     planned = pa.concat_tables([plan.file.read_row_group(index, columns=["key", "etag"]) for index in indices])
     place = pc.index_in(planned["key"], value_set=listing["key"])
     same = _count(pc.fill_null(pc.equal(listing["etag"].take(place), planned["etag"]), False))
@@ -189,7 +237,7 @@ def _holds(plan: Plan, indices: list[int], listing: pa.Table) -> bool:
 
 
 def _collect(
-    batches: Iterator[list[Receipt]], work: Work, writer: "_Writer", outcome: Outcome, *, planned: int
+    batches: Iterator[list[Receipt]], work: Work, writer: "_Writer", outcome: Outcome, *, planned: int, stop: Stop
 ) -> None:
     """Take the receipts of a plan. The budget is that of all planned assets, so the order they end in is no matter."""
     try:
@@ -198,17 +246,26 @@ def _collect(
             for receipt in receipts:
                 outcome.inputs += 1
                 setattr(outcome, receipt.status, getattr(outcome, receipt.status) + 1)
-            _check_budget(outcome.dead, planned, outcome, work)
+            if _is_over(outcome.dead, planned, work):
+                stop.ask("error_budget")
     finally:
         writer.flush()
+    if _is_over(outcome.dead, planned, work):
+        outcome.stopped, outcome.left = stop.reason, planned - outcome.inputs
+    _check_budget(outcome.dead, planned, outcome, work)
+
+
+def _is_over(dead: int, total: int, work: Work) -> bool:
+    return dead > max(1, work.max_dead_share * total)  # one bad file never fails a job (law 1)
 
 
 def _check_budget(dead: int, total: int, outcome: Outcome, work: Work) -> None:
-    if dead > max(1, work.max_dead_share * total):  # one bad file never fails a job (law 1)
+    if _is_over(dead, total, work):
         raise BudgetExceeded(
             f"dead letters ({dead} of {total}) must stay within max_dead_share ({work.max_dead_share}); read their "
             "reasons in the ledger, mend the cause, then retry what failed",
             {"inputs": outcome.inputs, "done": outcome.done, "skipped": outcome.skipped, "dead": outcome.dead},
+            outcome,
         )
 
 

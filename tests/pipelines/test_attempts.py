@@ -17,7 +17,7 @@ from pipelines.images import Refused
 attempts = Attempts(sys.argv[1], "unit")
 for key in "abcd":
     try:
-        attempts.enter(key)
+        attempts(key)
     except Refused as refused:
         print(key, refused.reason)
         continue
@@ -55,7 +55,7 @@ def test_a_first_attempt_leaves_one_mark_and_none_when_it_is_done(tmp_path: Path
     attempts = Attempts(str(tmp_path), "unit")
     marks = list(tmp_path.rglob("*.json"))
     stamp = os.stat(marks[0]).st_mtime_ns
-    attempts.enter("a")
+    attempts("a")
     assert len(marks) == 1 and os.stat(marks[0]).st_mtime_ns == stamp
     attempts.leave()
     assert not list(tmp_path.rglob("*.json"))
@@ -65,5 +65,13 @@ def test_the_refusal_names_what_happened(tmp_path: Path) -> None:
     for _ in range(3):
         attempt(tmp_path, "a")
     with pytest.raises(Refused) as caught:
-        Attempts(str(tmp_path), "unit").enter("a")
+        Attempts(str(tmp_path), "unit")("a")
     assert (caught.value.stage, caught.value.reason) == ("run", "worker_died")
+
+
+def test_only_a_unit_that_killed_its_process_is_careful(tmp_path: Path) -> None:
+    first = Attempts(str(tmp_path), "unit")
+    assert not first.careful
+    assert Attempts(str(tmp_path), "unit").careful and not Attempts(str(tmp_path), "other").careful
+    Attempts(str(tmp_path), "unit").leave()
+    assert not Attempts(str(tmp_path), "unit").careful

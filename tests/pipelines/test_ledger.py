@@ -6,11 +6,13 @@ import tracemalloc
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines import ledger as module
 from pipelines import storage
+from pipelines.accounting import accounted
 from pipelines.ledger import (
     LEAST_BYTES,
     LISTING_SCHEMA,
@@ -18,7 +20,6 @@ from pipelines.ledger import (
     RECEIPT_SCHEMA,
     Ledger,
     Receipt,
-    difference,
     list_table,
     open_plans,
     pack,
@@ -35,6 +36,12 @@ def receipt(key, etag="e1", *, recipe="r1", model="m1", status="done", reason=""
 
 def listing(*rows):
     return pa.Table.from_pylist([dict(zip(("key", "etag", "size"), row, strict=True)) for row in rows], LISTING_SCHEMA)
+
+
+def difference(found, latest, **settings):
+    """The rows of a listing that are not accounted for, as a plan takes them."""
+    table = accounted(found, latest, **settings)
+    return found.append_column("attempts", table["attempts"]).filter(pc.invert(table["known"])).sort_by("key")
 
 
 def work_of(ledger, found, *, recipe="r1", model="m1", retry_dead=False):
