@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from pipelines.images import BAD_DATA, GEOREFERENCE, Refused, refusal
+from pipelines.metadata import stored_exif, stored_xmp, tiff_metadata
 
 GREY, RGB, CMYK = "grey", "RGB", "CMYK"
 MAX_PAGES = 1000
@@ -30,7 +31,8 @@ class Header:
 
     `orientation` is EXIF's, 1 to 8. `extras` counts samples beside the colours that are no alpha, None where the
     file does not say what they are. `sequential_bytes` is what has to be decoded before the last row of the largest
-    compressed block can be read.
+    compressed block can be read. `premultiplied` says that the colours were multiplied by the alpha. `exif` and `xmp`
+    are those of the file, read from TIFF and PNG.
     """
 
     height: int
@@ -45,29 +47,34 @@ class Header:
     integers: bool = True
     georeferenced: bool = False
     sequential_bytes: int = 0
+    premultiplied: bool = False
+    exif: bytes | None = None
+    xmp: bytes | None = None
 
 
-def read_header(file: IO[bytes], format: str, *, max_pixels: int) -> Header:
+def read_header(file: IO[bytes], format: str, *, max_pixels: int, first_page: bool = False) -> Header:
     """Return the header of an open TIFF, JPEG 2000, PNG or PPM file. `max_pixels` limits what PNG decodes whole.
 
-    Raises `Refused`, and nothing else, for any bytes.
+    first_page: of more than one page or frame the first is the image, if it is no overview. Raises `Refused`, and
+    nothing else, for any bytes.
     """
     try:
         if format == "TIFF":
-            return _tiff(file)
+            return _tiff(file, first_page)
         if format == "JPEG 2000":
             return _jpeg2000(file)
-        return _png(file, max_pixels) if format == "PNG" else _pnm(file)
+        return _png(file, max_pixels, first_page) if format == "PNG" else _pnm(file)
     except BAD_DATA as error:
         raise refusal(error) from error
 
 
-def _tiff(file: IO[bytes]) -> Header:
+def _tiff(file: IO[bytes], first_page: bool) -> Header:
     pages = _pages(file)
     tags = pages[0]
     if _DNG_VERSION in tags:
         raise Refused("sniff", "unsupported_format", "a DNG camera raw; develop it to TIFF first")
-    if [_number(page, 254, 0) & (_REDUCED | _MASK) for page in pages].count(0) != 1 or _number(tags, 254, 0) & 5:
+    full = [_number(page, 254, 0) & (_REDUCED | _MASK) for page in pages[: 1 if first_page else None]].count(0)
+    if full != 1 or _number(tags, 254, 0) & (_REDUCED | _MASK):
         raise Refused("decode", "multipage", "TIFF of more than one page; split it")
     photometric, compression = _number(tags, 262, -1), _number(tags, 259, 1)
     samples, bits = _number(tags, 277, 1), max(_numbers(tags, 258, 1))
@@ -83,6 +90,7 @@ def _tiff(file: IO[bytes]) -> Header:
         raise Refused("decode", "unsupported_mode", f"{samples} inks that are not just cyan, magenta, yellow, black")
     rows, columns = _number(tags, 323, min(height, _number(tags, 278, height))), _number(tags, 322, width)
     block = rows * columns * bits * (samples if _number(tags, 284, 1) == 1 else 1) // 8
+    exif, xmp = tiff_metadata(file)
     return Header(
         height=height,
         width=width,
@@ -96,6 +104,9 @@ def _tiff(file: IO[bytes]) -> Header:
         integers=set(_numbers(tags, 339, 1)) <= {1, 4},
         georeferenced=any(tag in tags for tag in GEOREFERENCE),
         sequential_bytes=0 if compression == 1 else block,
+        premultiplied=next((kind == 1 for kind in _numbers(tags, 338) if kind in (1, 2)), False),
+        exif=exif,
+        xmp=xmp,
     )
 
 
@@ -204,14 +215,14 @@ def _colr(header: bytes) -> tuple[str, bytes | None]:
     return "", None
 
 
-def _png(file: IO[bytes], max_pixels: int) -> Header:
+def _png(file: IO[bytes], max_pixels: int, first_page: bool) -> Header:
     file.seek(0)
     image = PngImageFile(file)
     width, height = image.size
     if width * height > max_pixels:
         message = f"{width} x {height} px is more than the limit of {max_pixels} px, and a PNG has no windows"
         raise Refused("decode", "too_large", message)
-    if getattr(image, "is_animated", False):
+    if getattr(image, "is_animated", False) and not first_page:
         raise Refused("decode", "animated", "PNG of more than one frame; extract the frames first")
     image.load()
     orientation = image.getexif().get(274, 1)
@@ -225,6 +236,8 @@ def _png(file: IO[bytes], max_pixels: int) -> Header:
         icc=image.info.get("icc_profile") or None,
         orientation=orientation if orientation in range(1, 9) else 1,
         sequential_bytes=width * height * samples * 2,
+        exif=stored_exif(image),
+        xmp=stored_xmp(image.info),
     )
 
 

@@ -1,9 +1,9 @@
-"""Bytes <-> pictures: 8-bit grey or RGB, with alpha and ICC profile beside the colour.
+"""Bytes -> pictures: 8-bit grey or RGB, with alpha, ICC profile, EXIF and XMP beside the colour.
 
 `decode` ends in exactly two ways, a `Picture` or a `Refused` that carries a reason code from `REASONS`. It calls the
-seven Pillow readers by class instead of `Image.open`: nothing else can be reached (no EPS, no Ghostscript, no
+eight Pillow readers by class instead of `Image.open`: nothing else can be reached (no EPS, no Ghostscript, no
 plugin), and the size in the header is judged by `max_pixels` before Pillow warns about it or a pixel is allocated.
-What Pillow would quietly reduce to 8 bits (16-bit RGB PNG, TIFF and PPM) is refused here; `rasters` reads it.
+What Pillow would quietly reduce to 8 bits is refused here; `rasters` reads it from PNG, TIFF and PPM, nobody from AVIF.
 """
 
 import io
@@ -12,10 +12,11 @@ import struct
 import threading
 import zlib
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -24,10 +25,12 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from pipelines.metadata import stored_exif, stored_xmp, tiff_metadata
+
 REASONS: dict[str, str] = {
     "empty_file": "the object has no bytes",
     "not_an_image": "the first bytes are no image format that we know (a web page or a text with the name of an image)",
-    "unsupported_format": "an image, but of a format that is not read here (JPEG 2000, AVIF, HEIC, camera raw, ...)",
+    "unsupported_format": "an image, but of a format that is not read here (HEIC, JPEG XL, camera raw, ...)",
     "too_large": "the header declares more pixels than the limit; nothing was decoded",
     "truncated": "the data ends before the picture does",
     "corrupt": "the data contradicts the format, or unpacks to something absurd",
@@ -37,8 +40,16 @@ REASONS: dict[str, str] = {
     "georeferenced": "a TIFF that says where on Earth it lies; a plain picture would silently lose that",
     "oom": "there was no memory for it",
     "worker_died": "the process that was at work on it died, more than once",
-    "too_large_for_format": "the result has a side that the output format cannot store",
+    "format_limit": "the output format cannot hold the result, its profile or its metadata; tiff can",
+    "alpha": "the output format has no alpha, and the image has; choose png, webp, tiff or avif",
+    "depth_limit": "the output format holds 8 bits, and the image has 16; choose png or tiff",
     "missing": "the object is listed, and not there",
+    "io_transient": "the store did not give it, also when asked again; the next night tries again",
+    "channels": "channels that the model does not read",
+    "nan": "the network gave values that are no numbers",
+    "key_taken": "the place of its result is another source, or holds the result of another one",
+    "large_enough": "it is larger than what is to be enlarged",
+    "already_upscaled": "its own metadata say that it is a result",
     "io_error": "the store did not give it",
     "source_changed": "the object changed between listing and reading; the next run takes the new content",
     "bad_name": "its name, or that of its result, is one that the store cannot hold",
@@ -59,13 +70,13 @@ REASONS: dict[str, str] = {
 # What a listing takes for an image: a format that is not read becomes a dead letter, not silence.
 _READ = ".png .jpg .jpeg .jpe .jfif .webp .tif .tiff .bmp .gif .ppm .pgm .pbm .pnm"
 SUFFIXES = frozenset(f"{_READ} .jp2 .avif .heic .jxl .psd .dng .cr2".split())
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")
-_EXTENSIONS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}
-_MAX_SIDE_PX = {"PNG": 2**31 - 1, "JPEG": 65_500, "WEBP": 16_383, "TIFF": 2**31 - 1}
 _READERS: dict[str, type[ImageFile.ImageFile]] = {
     reader.format: reader
-    for reader in (PngImageFile, JpegImageFile, WebPImageFile, TiffImageFile, BmpImageFile, GifImageFile, PpmImageFile)
-}
+    for reader in (
+        PngImageFile, JpegImageFile, WebPImageFile, TiffImageFile, BmpImageFile, GifImageFile, PpmImageFile,
+        AvifImageFile,
+    )
+}  # fmt: skip
 _MAGIC = {
     rb"\x89PNG\r\n\x1a\n": "PNG",
     rb"\xff\xd8\xff": "JPEG",
@@ -77,7 +88,8 @@ _MAGIC = {
     rb"P([1-6y]|F|f|0CMYK)\s": "PPM",
     rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51": "JPEG 2000",
     rb"\x00\x00\x00\x0cJXL |\xff\x0a": "JPEG XL",
-    rb"....ftyp(avif|avis|hei|hev|mif1|msf1)": "AVIF or HEIF",
+    rb"....ftyp(avi[fs]|(mif1|msf1|miaf).{4}(.{4}){0,3}avi[fs])": "AVIF",
+    rb"....ftyp(hei|hev|mif1|msf1|miaf)": "HEIF",
     rb"8BPS|gimp xcf": "Photoshop or GIMP",
     rb"%!PS|\xc5\xd0\xd3\xc6|%PDF": "PostScript or PDF",
     rb"P7\n|DDS |qoif|\x76\x2f\x31\x01|#\?RADIANCE|FUJIFILM|\x59\xa6\x6a\x95": "PAM, DDS, QOI, HDR or raw",
@@ -93,6 +105,8 @@ _GREY = ("1", "L", "LA", "La")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB")
 _SUBFILE_TYPE, _BITS_PER_SAMPLE, _DNG_VERSION, _ORIENTATION, _MPF_ENTRIES = 254, 258, 50706, 274, 0xB002
 GEOREFERENCE = (33550, 33922, 34264, 34735)  # GeoTIFF 1.1: pixel scale, tie points, transformation, geo keys
+_AV1_HEAD_BYTES = 1 << 16  # within which AVIF describes its images
+_SRGB_PRIMARIES = (1, 2, 5, 6)  # ITU-T H.273: sRGB, unsaid, and the two of 601, which are near
 _pillow_limit = threading.Lock()
 
 
@@ -114,7 +128,8 @@ class Picture:
     `pixels` is uint8 HWC with C = 1 (grey) or 3 (RGB), range [0, 255], in the encoding that `icc` describes; `alpha`
     is uint8 HW, straight (not premultiplied), or None; `format` is what was read (one of `FORMATS`, BMP, GIF, PPM);
     `mode` is Pillow's name for the samples as stored; `exif_transposed` says that an orientation was applied;
-    `stored_icc` is the profile in the file, which is not `icc` where CMYK or Lab was converted.
+    `stored_icc` is the profile in the file, which is not `icc` where CMYK or Lab was converted; `exif` (from its TIFF
+    header on) and `xmp` are those of the file, None where it has none.
     """
 
     pixels: np.ndarray
@@ -124,6 +139,8 @@ class Picture:
     icc: bytes | None
     exif_transposed: bool
     stored_icc: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
 
 
 def identify(data: bytes) -> str:
@@ -155,12 +172,18 @@ def decode(data: bytes, *, max_pixels: int = 100_000_000) -> Picture:
     return decode_file(io.BytesIO(data), sniff(data), max_pixels=max_pixels)
 
 
-def decode_file(file: IO[bytes], format: str, *, max_pixels: int) -> Picture:
-    """Return the picture in an open file, which `sniff` says to be of this format; as `decode` otherwise."""
+def decode_file(file: IO[bytes], format: str, *, max_pixels: int, first_page: bool = False) -> Picture:
+    """Return the picture in an open file, which `sniff` says to be of this format; as `decode` otherwise.
+
+    first_page: the first page or frame of more than one is the picture, instead of a refusal.
+    """
     _raise_pillow_limit(max_pixels)
     try:
+        exif, xmp = tiff_metadata(file) if format == "TIFF" else (None, None)
+        monochrome = format == "AVIF" and _check_avif(file)
+        file.seek(0)
         image = _READERS[format](file)
-        _check_header(image, max_pixels)
+        _check_header(image, max_pixels, first_page)
         mode = image.mode
         # A TIFF is turned by Pillow while it loads; a PNG may keep its EXIF behind the pixels.
         before = image.getexif().get(_ORIENTATION, 1) if format == "TIFF" else 1
@@ -169,48 +192,31 @@ def decode_file(file: IO[bytes], format: str, *, max_pixels: int) -> Picture:
         turned = orientation in range(2, 9)
         upright = ImageOps.exif_transpose(image) if turned and format != "TIFF" else image
         samples, icc = _to_grey_or_rgb(upright)
+        if format != "TIFF":
+            exif, xmp = stored_exif(image), stored_xmp(image.info)
     except BAD_DATA as error:
         raise refusal(error) from error
+    if monochrome and samples.shape[2] > 2:  # as Pillow gives it out where it has alpha
+        mode, samples = mode.replace("RGB", "L"), samples[:, :, 2:]
     colours = 1 if samples.shape[2] < 3 else 3
     pixels = np.ascontiguousarray(samples[:, :, :colours])
     alpha = np.ascontiguousarray(samples[:, :, colours]) if samples.shape[2] > colours else None
-    return Picture(pixels, alpha, format, mode, icc, turned, image.info.get("icc_profile") or None)
+    return Picture(pixels, alpha, format, mode, icc, turned, image.info.get("icc_profile") or None, exif, xmp)
 
 
-def output_format(format: str) -> str:
-    """Return the format in which a picture read as `format` is written: itself, or PNG for BMP, GIF and PPM."""
-    return format if format in FORMATS else "PNG"
+def dimensions(file: IO[bytes], format: str) -> tuple[int, int]:
+    """Return height and width as the header of an open file of this format says, not turned; nothing is decoded.
 
-
-def extension(format: str) -> str:
-    """Return the file name extension of an output format, with its dot. Raises ValueError for a format not written."""
-    if format not in FORMATS:
-        raise ValueError(f"format={format!r}: must be one of {', '.join(FORMATS)}")
-    return _EXTENSIONS[format]
-
-
-def encode(picture: Picture, *, format: str | None = None, quality: int = 95) -> bytes:
-    """Return `picture` as the bytes of a file, the same bytes for the same picture: no time, no EXIF, ICC embedded.
-
-    `quality` (1 to 100) is for JPEG (4:4:4) and WebP, where 100 means lossless; PNG and TIFF always are. WebP has no
-    grey and stores it as RGB. Raises ValueError for an unknown format, a quality out of range, or alpha in a JPEG;
-    `Refused` (too_large_for_format) where the format cannot store a side.
+    Raises `Refused` for a header that is none, and for a format that is not read here.
     """
-    target = output_format(picture.format) if format is None else format
-    extension(target)  # raises for a format that is not written
-    if not 1 <= quality <= 100:
-        raise ValueError(f"quality={quality}: must be 1 to 100; 95 is the default")
-    if picture.alpha is not None and target == "JPEG":
-        raise ValueError("format='JPEG': cannot store this picture's alpha; choose one of PNG, WEBP, TIFF")
-    options: dict[str, dict[str, Any]] = {
-        "PNG": {"compress_level": 6},
-        "JPEG": {"quality": quality, "subsampling": 0},
-        "WEBP": {"quality": quality, "lossless": quality == 100, "exact": True, "method": 4},
-        "TIFF": {"compression": "tiff_adobe_deflate", "big_tiff": picture.pixels.nbytes > 3 << 30},
-    }
-    if picture.icc:
-        options[target]["icc_profile"] = picture.icc
-    return _save(_join_alpha(picture.pixels, picture.alpha), target, options=options[target])
+    if format not in _READERS:
+        raise Refused("sniff", "unsupported_format", f"{format or 'this'} is not one of {', '.join(_READERS)}")
+    file.seek(0)
+    try:
+        width, height = _READERS[format](file).size
+    except BAD_DATA as error:
+        raise refusal(error) from error
+    return height, width
 
 
 def jpeg_codec(pixels: np.ndarray, quality: int) -> np.ndarray:
@@ -222,7 +228,7 @@ def jpeg_codec(pixels: np.ndarray, quality: int) -> np.ndarray:
     return np.asarray(JpegImageFile(io.BytesIO(sink.getvalue()))).reshape(pixels.shape)
 
 
-def _check_header(image: ImageFile.ImageFile, max_pixels: int) -> None:
+def _check_header(image: ImageFile.ImageFile, max_pixels: int, first_page: bool) -> None:
     """Raise `Refused` for what the header alone rules out: size, depth, and more frames or pages than one."""
     width, height = image.size
     if width * height > max_pixels:
@@ -234,6 +240,8 @@ def _check_header(image: ImageFile.ImageFile, max_pixels: int) -> None:
     bits = _sample_bits(image)
     if bits > 8 or image.mode not in _GREY + _COLOUR:
         raise Refused("decode", "unsupported_mode", f"{bits}-bit samples, Pillow mode {image.mode}")
+    if first_page and not (isinstance(image, TiffImageFile) and image.tag_v2.get(_SUBFILE_TYPE, 0) & 1):
+        return
     if isinstance(image, (TiffImageFile, JpegImageFile)):
         if (_full_pages(image) if isinstance(image, TiffImageFile) else _views(image)) != 1:
             raise Refused("decode", "multipage", f"{image.format} of more than one page; split it")
@@ -249,6 +257,19 @@ def _sample_bits(image: ImageFile.ImageFile) -> int:
     if isinstance(image, PpmImageFile):
         return max([8] + [int(argument[1]).bit_length() for argument in arguments if isinstance(argument, tuple)])
     return 16 if isinstance(image, PngImageFile) and "16" in str(arguments) else 8
+
+
+def _check_avif(file: IO[bytes]) -> bool:
+    """Return whether an AVIF is grey. Raises `Refused` for what Pillow would give out as 8-bit sRGB, and is not."""
+    file.seek(0)
+    head = file.read(_AV1_HEAD_BYTES)
+    flags = [match[1][0] for match in re.finditer(rb"av1C\x81.(.)", head, re.DOTALL)]  # AV1-ISOBMFF 2.3.3
+    if any(flag & 0x60 for flag in flags):
+        raise Refused("decode", "unsupported_mode", "an AVIF of 10 or 12 bits; convert it to a 16-bit PNG or TIFF")
+    primaries = [int.from_bytes(match[1], "big") for match in re.finditer(rb"colrnclx(..)", head, re.DOTALL)]
+    if not re.search(rb"colr(prof|rICC)", head) and any(number not in _SRGB_PRIMARIES for number in primaries):
+        raise Refused("decode", "unsupported_mode", f"an AVIF of colour primaries {primaries} and without a profile")
+    return bool(flags) and all(flag & 0x10 for flag in flags)
 
 
 def _full_pages(image: TiffImageFile) -> int:
@@ -308,23 +329,3 @@ def _raise_pillow_limit(max_pixels: int) -> None:
     with _pillow_limit:
         if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = max_pixels
-
-
-def _join_alpha(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
-    """Return samples as Pillow takes them: HW, or HWC with C = 2, 3, 4. Raises ValueError for another type or shape."""
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape:
-        raise ValueError(f"pixels: {pixels.dtype} {pixels.shape}; must be uint8 HWC, C = 1 or 3, and not empty")
-    if alpha is None:
-        return pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
-    if alpha.dtype != np.uint8 or alpha.shape != pixels.shape[:2]:
-        raise ValueError(f"alpha: {alpha.dtype} {alpha.shape}; must be uint8 {pixels.shape[:2]} like the pixels")
-    return np.dstack([pixels, alpha])
-
-
-def _save(samples: np.ndarray, format: str, *, options: dict[str, Any]) -> bytes:
-    side, limit = max(samples.shape[:2]), _MAX_SIDE_PX[format]
-    if side > limit:
-        raise Refused("encode", "too_large_for_format", f"a side of {side} px; at most {limit} px in {format}")
-    out = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(samples)).save(out, format=format, **options)
-    return out.getvalue()

@@ -88,6 +88,21 @@ def colour_space(icc: bytes) -> str:
     return str(_open(icc).profile.xcolor_space).strip()
 
 
+def fitting_profile(icc: bytes | None, channels: int) -> bytes | None:
+    """Return the profile to be embedded with samples of so many channels in the encoding of `icc`.
+
+    It is `icc` itself where it is for 1 channel of grey or 3 of RGB. Where it is for the other of the two, it is one
+    with the same curve on the neutral axis; None where there is no such curve, and for any other number of channels.
+    Raises `Refused` (bad_profile).
+    """
+    if not icc:
+        return None
+    space = colour_space(icc)
+    if (space, channels) in (("GRAY", 1), ("RGB", 3)):
+        return icc
+    return _other_profile(icc, channels) if (space, channels) in (("GRAY", 3), ("RGB", 1)) else None
+
+
 def cmyk_to_srgb(pixels: np.ndarray, icc: bytes | None) -> np.ndarray:
     """Return uint8 HW4 ink (0 none, 255 full) as uint8 HW3 sRGB: by its profile, or by Pillow's formula without one.
 
@@ -103,6 +118,42 @@ def cmyk_to_srgb(pixels: np.ndarray, icc: bytes | None) -> np.ndarray:
 def _srgb_profile() -> bytes:
     made = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     return made[:24] + bytes(12) + made[36:]
+
+
+@lru_cache(maxsize=64)
+def _other_profile(icc: bytes, channels: int) -> bytes | None:
+    """Return the RGB profile with the curve of a grey one and sRGB's primaries, or the grey one of an RGB profile."""
+    tags = _tags(icc)
+    curve = tags.get(b"kTRC" if channels == 3 else b"gTRC")
+    if (
+        curve is None
+        or icc[20:24] != b"XYZ "
+        or (channels == 1 and not tags.get(b"rTRC") == curve == tags.get(b"bTRC"))
+    ):
+        return None
+    made: dict[bytes, bytes] = {name: tags[name] for name in (b"desc", b"cprt", b"wtpt", b"chad") if name in tags}
+    if channels == 1:
+        made[b"kTRC"] = curve
+    else:
+        primaries = _tags(srgb_profile())
+        made |= {name: primaries[name] for name in (b"rXYZ", b"gXYZ", b"bXYZ")}
+        made |= {name: curve for name in (b"rTRC", b"gTRC", b"bTRC")}
+    offset = 128 + 4 + 12 * len(made)
+    table, body = len(made).to_bytes(4, "big"), b""
+    for name, data in made.items():
+        table += name + (offset + len(body)).to_bytes(4, "big") + len(data).to_bytes(4, "big")
+        body += data + bytes(-len(data) % 4)
+    space = b"mntrGRAYXYZ " if channels == 1 else b"mntrRGB XYZ "
+    header = (offset + len(body)).to_bytes(4, "big") + icc[4:12] + space + icc[24:84] + bytes(44)
+    return header + table + body
+
+
+def _tags(icc: bytes) -> dict[bytes, bytes]:
+    """Return the tags of a profile that lcms2 opens (ICC.1, 7.3)."""
+    count = min(int.from_bytes(icc[128:132], "big"), 1000)
+    rows = [icc[132 + 12 * index : 144 + 12 * index] for index in range(count)]
+    places = [(row[:4], int.from_bytes(row[4:8], "big"), int.from_bytes(row[8:12], "big")) for row in rows]
+    return {name: icc[start : start + size] for name, start, size in places}
 
 
 def _open(icc: bytes) -> ImageCms.ImageCmsProfile:

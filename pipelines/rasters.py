@@ -18,7 +18,7 @@ import numpy as np
 
 from pipelines.headers import CMYK, GREY, RGB, Header, read_header
 from pipelines.images import Refused, refusal
-from pipelines.profiles import WorkingSpace, cmyk_to_srgb, profile_name, srgb_profile
+from pipelines.profiles import WorkingSpace, cmyk_to_srgb, fitting_profile, profile_name, srgb_profile
 
 DRIVERS = {"TIFF": "GTiff", "JPEG 2000": "JP2OpenJPEG", "PNG": "PNG", "PPM": "PNM"}
 MAX_CHANNELS = 256
@@ -59,10 +59,11 @@ def open_raster(
     max_raster_pixels: int,
     space: WorkingSpace,
     bands: tuple[int, ...],
+    first_page: bool = False,
 ) -> "RasterScene":
     """Return the raster in `original`, whose first bytes say `format` (a key of DRIVERS). Raises `Refused`."""
     with open_file(original) as file:
-        header = read_header(file, format, max_pixels=max_pixels)
+        header = read_header(file, format, max_pixels=max_pixels, first_page=first_page)
     if header.height * header.width > max_raster_pixels:
         message = f"{header.width} x {header.height} px is more than the limit of {max_raster_pixels} px for rasters"
         raise Refused("decode", "too_large", message)
@@ -95,7 +96,7 @@ class RasterScene:
         self._path = original.path or ""
         self._memory: Any = None
         self._dataset: Any = None
-        self._whole: tuple[np.ndarray, np.ndarray | None] | None = None
+        self._whole: tuple[np.ndarray, np.ndarray | None, np.ndarray | None] | None = None
         try:
             with _gdal(self._path):
                 self._open(original)
@@ -103,6 +104,7 @@ class RasterScene:
                 self._choose_bands(bands)
                 self._check_colours()
                 self._check_blocks(max_pixels)
+            self._describe()
         except BaseException:
             self.close()
             raise
@@ -113,17 +115,25 @@ class RasterScene:
         Raises ValueError for a window that is empty or not inside.
         """
         check_window(y, x, h, w, height=self.height, width=self.width)
-        rows, columns = self._stored(y, x, h, w)
-        if self._whole is not None:
-            samples, valid = self._whole
-            samples = samples[:, rows[0] : rows[1], columns[0] : columns[1]]
-            valid = None if valid is None else valid[rows[0] : rows[1], columns[0] : columns[1]]
-        else:
-            with _gdal(self._path):
-                samples, valid = self._read(rows, columns)
+        samples, valid, _ = self._area(y, x, h, w)
         pixels = _turn(self._colours(np.moveaxis(samples, 0, 2)), self._orientation)
         valid = None if valid is None or valid.all() else np.ascontiguousarray(_turn(valid, self._orientation))
         return np.ascontiguousarray(pixels), valid
+
+    def alpha(self, y: int, x: int, h: int, w: int) -> np.ndarray | None:
+        """Return how opaque the pixels of a window are, HW of the pixels' dtype, full is opaque; None without alpha.
+
+        Raises as `window` does.
+        """
+        check_window(y, x, h, w, height=self.height, width=self.width)
+        if not self.has_alpha:
+            return None
+        _, valid, alpha = self._area(y, x, h, w)
+        if alpha is None:  # a transparent colour, which 16-bit PNG may have
+            full = np.iinfo(self.dtype).max
+            alpha = np.full((h, w), full, self.dtype) if valid is None else np.where(valid, full, 0).astype(self.dtype)
+            return alpha if valid is None else np.ascontiguousarray(_turn(alpha, self._orientation))
+        return np.ascontiguousarray(_turn(alpha, self._orientation))
 
     def close(self) -> None:
         """Give the file and the memory back; further calls do nothing."""
@@ -217,6 +227,23 @@ class RasterScene:
             raise Refused("decode", "unsupported_mode", f"{message}; working_space native reads them as stored")
         self.channels = self._colours(np.zeros((1, 1, channels), self.dtype)).shape[2]
 
+    def _describe(self) -> None:
+        """Set what the output will carry: mode, profile of the pixels that are given out, EXIF, XMP, alpha."""
+        header = self._header
+        self.has_alpha = self._alpha is not None or (self.format == "PNG" and (self._has_nodata or self._has_mask))
+        colours = {GREY: "L", RGB: "RGB", CMYK: "CMYK"}.get(header.colours, str(len(self._read_bands)))
+        kind = "" if self.dtype.kind == "u" else self._dataset.dtypes[0]
+        self.mode = f"{colours}{'A' * (self._alpha is not None)};{kind or header.bits}"
+        self.exif, self.xmp = header.exif, header.xmp
+        self.exif_transposed = self._orientation != 1
+        stored = header.icc
+        if header.colours == CMYK:
+            stored = header.icc and srgb_profile()
+        target = self._space.icc or (srgb_profile() if stored and self._space.name != "native" else stored)
+        ordered = self._read_bands == sorted(self._read_bands) and self._given in (None, sorted(self._given or []))
+        whole = self.dtype.kind == "u" and ordered
+        self.icc: bytes | None = fitting_profile(target, self.channels) if whole else None
+
     def _check_blocks(self, max_pixels: int) -> None:
         """Raise `Refused` where one window would need too much of the file at once; read whole what has to be."""
         height, width = self._dataset.block_shapes[0]
@@ -230,13 +257,29 @@ class RasterScene:
             raise Refused("decode", "too_large", f"{message}; store it tiled")
         self._whole = self._read((0, self._header.height), (0, self._header.width))
 
-    def _read(self, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the stored samples CHW of the bands that are read, and bool HW which are valid, None for all."""
+    def _area(self, y: int, x: int, h: int, w: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Return what `_read` gives, still as stored, for a window of the upright picture."""
+        rows, columns = self._stored(y, x, h, w)
+        if self._whole is None:
+            with _gdal(self._path):
+                return self._read(rows, columns)
+        area = np.s_[..., rows[0] : rows[1], columns[0] : columns[1]]
+        samples, valid, alpha = self._whole
+        return samples[area], None if valid is None else valid[area], None if alpha is None else alpha[area]
+
+    def _read(
+        self, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Return the samples CHW of the bands that are read, bool HW which are valid, None for all, and alpha HW."""
         area = (rows, columns)
         samples = self._dataset.read(self._read_bands, window=area)
         masks: list[np.ndarray] = []
+        alpha = None
         if self._alpha is not None:
-            masks.append(self._dataset.read(self._alpha, window=area) == 2**self._header.bits - 1)
+            alpha = self._dataset.read(self._alpha, window=area)
+            masks.append(alpha == 2**self._header.bits - 1)
+            if self._header.premultiplied:
+                samples = _straight(samples, alpha, full=2**self._header.bits - 1)
         if self._has_nodata:
             found = self._dataset.read_masks(self._read_bands, window=area) != 0
             masks.append(found.any(axis=0) if self.dtype.kind == "u" else found.all(axis=0))
@@ -246,7 +289,7 @@ class RasterScene:
             with np.errstate(over="ignore"):
                 samples = samples.astype(np.float32, copy=False)
             masks.append(np.isfinite(samples).all(axis=0))
-        return samples, np.logical_and.reduce(masks) if masks else None
+        return samples, np.logical_and.reduce(masks) if masks else None, alpha
 
     def _colours(self, pixels: np.ndarray) -> np.ndarray:
         """Return stored HWC samples as the channels that are given out, in the working space."""
@@ -273,6 +316,15 @@ def check_window(y: int, x: int, h: int, w: int, *, height: int, width: int) -> 
     """Raise ValueError for a window that is empty or not inside the picture."""
     if not (0 <= y < y + h <= height and 0 <= x < x + w <= width):
         raise ValueError(f"window y={y} x={x} h={h} w={w}: must not be empty, and lie inside {height} x {width} px")
+
+
+def _straight(samples: np.ndarray, alpha: np.ndarray, *, full: int) -> np.ndarray:
+    """Return CHW samples that were multiplied by alpha as they were before; they stay where alpha is 0.
+
+    8 bits are rounded down, as Pillow does, so that a file is the same by window and whole.
+    """
+    wide = samples.astype(np.uint32) * full + (alpha // 2 if full > 255 else 0)
+    return np.where(alpha > 0, np.minimum(wide // np.maximum(alpha, 1), full), samples).astype(samples.dtype)
 
 
 def _turn(array: np.ndarray, orientation: int) -> np.ndarray:

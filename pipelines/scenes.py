@@ -12,7 +12,7 @@ import numpy as np
 from pipelines import images, rasters
 from pipelines.headers import read_header
 from pipelines.images import Refused
-from pipelines.profiles import WorkingSpace, profile_name
+from pipelines.profiles import WorkingSpace, fitting_profile, profile_name, srgb_profile
 
 _HEAD_BYTES = 64
 _MAX_PILLOW_SAMPLES = 4  # beside alpha it knows no more than that many bands
@@ -43,6 +43,9 @@ class Scene(Protocol):
     `dtype` is uint8, uint16 or float32; `format` what was read; `profile` the name of the colour profile found, ""
     for none; `kept` says that the file itself decodes, by `blobs.decode_blob`, to exactly window(0, 0, height,
     width); `transform` is the affine (a, b, c, d, e, f) of a georeferenced raster, from column and row to its map.
+    `mode` names the samples as stored (Pillow's name, or one like RGBA;16); `icc` is the profile to be embedded with
+    the pixels that window() gives: None with a `profile` found means that it is for other channels than these.
+    `exif` begins with its TIFF header; `exif_transposed` says that an orientation was applied.
     """
 
     height: int
@@ -53,10 +56,20 @@ class Scene(Protocol):
     profile: str
     kept: bool
     transform: Transform | None
+    mode: str
+    icc: bytes | None
+    exif: bytes | None
+    xmp: bytes | None
+    has_alpha: bool
+    exif_transposed: bool
 
     def window(self, y: int, x: int, h: int, w: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return contiguous HWC pixels and bool HW which are valid (None: all). Raises `Refused`, and ValueError for a
         window that is empty or not inside. What is not valid has pixels of no meaning."""
+
+    def alpha(self, y: int, x: int, h: int, w: int) -> np.ndarray | None:
+        """Return straight alpha HW of the dtype of the pixels, contiguous; None for an image without. Raises as
+        `window` does."""
 
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
@@ -69,12 +82,14 @@ class SceneSettings:
 
     max_pixels: of an image that is decoded whole. max_raster_pixels: of one that is read by window.
     space: the working space. bands: of which the channels are made, 1 is the first, in this order; () is all but alpha.
+    first_page: the first page or frame of a multipage or animated file is read, instead of a refusal.
     """
 
     max_pixels: int = 100_000_000
     max_raster_pixels: int = 10_000_000_000
     space: WorkingSpace = field(default_factory=WorkingSpace)
     bands: tuple[int, ...] = ()
+    first_page: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_pixels", "max_raster_pixels"):
@@ -119,7 +134,7 @@ class PictureScene:
 
     def __init__(self, original: Original, format: str, *, settings: SceneSettings) -> None:
         with rasters.open_file(original) as file:
-            picture = images.decode_file(file, format, max_pixels=settings.max_pixels)
+            picture = images.decode_file(file, format, max_pixels=settings.max_pixels, first_page=settings.first_page)
         self.height, self.width, stored = picture.pixels.shape
         missing = [band for band in settings.bands if band > stored]
         if missing:
@@ -128,10 +143,18 @@ class PictureScene:
         self.profile = profile_name(picture.stored_icc)
         self._bands = [band - 1 for band in settings.bands or range(1, stored + 1)]
         self.channels = len(self._bands)
+        self.mode, self.exif, self.xmp = picture.mode, picture.exif, picture.xmp
+        self.has_alpha, self.exif_transposed = picture.alpha is not None, picture.exif_transposed
         probe = np.zeros((1, 1, stored), np.uint8)
         unchanged = self._space.convert(probe, picture.icc) is probe  # raises for a damaged profile
+        target = picture.icc
+        if self._space.name != "native":
+            target = self._space.icc or (srgb_profile() if picture.icc else None)
+        ordered = self._bands == sorted(self._bands)
+        self.icc: bytes | None = fitting_profile(target, self.channels) if ordered else None
         self.kept = (
             unchanged
+            and not settings.first_page
             and format in _KEPT_FORMATS
             and picture.mode in ("L", "RGB")
             and not picture.exif_transposed
@@ -150,6 +173,12 @@ class PictureScene:
         valid = None if self._picture.alpha is None else self._picture.alpha[area] == 255
         return np.ascontiguousarray(pixels), None if valid is None or valid.all() else valid
 
+    def alpha(self, y: int, x: int, h: int, w: int) -> np.ndarray | None:
+        """As `Scene.alpha`."""
+        rasters.check_window(y, x, h, w, height=self.height, width=self.width)
+        alpha = self._picture.alpha
+        return None if alpha is None else np.ascontiguousarray(alpha[y : y + h, x : x + w])
+
     def close(self) -> None:
         """Give the memory back; no window can be read afterwards."""
         del self._picture
@@ -165,7 +194,7 @@ def _is_raster(original: Original, settings: SceneSettings) -> bool:
     """Return whether a TIFF holds what Pillow refuses or, as signed bytes, reads wrongly; bad headers are Pillow's."""
     with rasters.open_file(original) as file:
         try:
-            header = read_header(file, "TIFF", max_pixels=settings.max_pixels)
+            header = read_header(file, "TIFF", max_pixels=settings.max_pixels, first_page=settings.first_page)
         except Refused:
             return False
     return header.bits > 8 or header.samples > _MAX_PILLOW_SAMPLES or not header.integers or header.georeferenced
@@ -179,4 +208,5 @@ def _raster(original: Original, format: str, settings: SceneSettings) -> Scene:
         max_raster_pixels=settings.max_raster_pixels,
         space=settings.space,
         bands=settings.bands,
+        first_page=settings.first_page,
     )

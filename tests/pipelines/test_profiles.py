@@ -11,6 +11,7 @@ from PIL import Image, ImageCms
 from pipelines import profiles
 from pipelines.images import REASONS, Refused
 from pipelines.profiles import WorkingSpace
+from tests.icc import cmyk_profile, rgb_profile
 
 # Primaries as ICC stores them, adapted to D50 (columns of the matrix to XYZ): published by Lindbloom, and Apple.
 ADOBE = ((0.60974, 0.20528, 0.14919), (0.31111, 0.62567, 0.06322), (0.01947, 0.06087, 0.74457))
@@ -168,3 +169,23 @@ def test_ink_without_a_profile_is_pillows_formula():
     ink = np.random.default_rng(1).integers(0, 256, (5, 7, 4), dtype=np.uint8)
     want = np.asarray(Image.fromarray(ink, "CMYK").convert("RGB"))
     np.testing.assert_array_equal(profiles.cmyk_to_srgb(ink, None), want)
+
+
+def test_the_profile_that_fits_has_the_same_curve_on_the_neutral_axis():
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    adobe = rgb_profile("Adobe RGB")
+    grey = profiles.fitting_profile(adobe, 1)
+    back = profiles.fitting_profile(grey, 3)
+    assert [profiles.colour_space(icc) for icc in (grey, back)] == ["GRAY", "RGB"]
+    assert profiles.profile_name(grey) == profiles.profile_name(back) == "Adobe RGB"
+    want = WorkingSpace().convert(np.repeat(ramp[:, :, None], 3, axis=2), adobe)[:, :, 1].astype(int)
+    assert np.abs(want - WorkingSpace().convert(ramp[:, :, None], grey)[:, :, 0]).max() <= 1
+    spread = WorkingSpace().convert(np.repeat(ramp[:, :, None], 3, axis=2), back).astype(int)
+    assert np.abs(spread - want[:, :, None]).max() <= 1 and np.abs(want - ramp).max() > 2
+    assert profiles.fitting_profile(adobe, 3) is adobe and profiles.fitting_profile(grey, 1) is grey
+
+
+def test_a_profile_that_fits_no_way_is_none_and_a_damaged_one_refused():
+    adobe = rgb_profile("Adobe RGB")
+    assert [profiles.fitting_profile(icc, n) for icc, n in ((None, 3), (adobe, 2), (cmyk_profile(), 3))] == [None] * 3
+    assert refusal(profiles.fitting_profile, b"rotten", 3).reason == "bad_profile"

@@ -2,17 +2,21 @@
 
 import io
 import warnings
+import zlib
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageCms
 
-from pipelines import blobs, images, scenes
+from pipelines import blobs, images, rasters, scenes
 from pipelines.corpus import Original
 from pipelines.images import REASONS, Refused
-from pipelines.profiles import WorkingSpace
+from pipelines.profiles import WorkingSpace, colour_space, srgb_profile
 from pipelines.scenes import PictureScene, SceneSettings, open_scene
+from tests.icc import cmyk_profile, rgb_profile
 
 DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the hostile corpus (../shared/data) is not here")
@@ -207,3 +211,125 @@ def test_every_hostile_file_is_a_scene_or_a_refusal_with_a_known_reason(max_pixe
 def test_a_picture_scene_is_a_scene():
     scene: scenes.Scene = opened(PICTURES["rgb png"][0])
     assert isinstance(scene, PictureScene)
+
+
+NATIVE = WorkingSpace("native")
+
+
+def test_what_the_output_will_carry_is_beside_the_scene():
+    exif = Image.Exif()
+    exif[271], exif[274] = "Maker", 6
+    with opened(file_of(RGB, "JPEG", exif=exif, icc_profile=p3(), xmp=b"<x/>"), space=NATIVE) as scene:
+        assert scene.icc == p3() and scene.exif == exif.tobytes()[6:] and scene.xmp == b"<x/>"
+        assert scene.mode == "RGB" and scene.exif_transposed and not scene.has_alpha
+        assert (scene.height, scene.width) == (56, 40) and scene.alpha(0, 0, 1, 1) is None
+    with opened(file_of(RGB, "PNG"), space=NATIVE) as scene:
+        assert (scene.icc, scene.exif, scene.xmp, scene.exif_transposed) == (None, None, None, False)
+
+
+@pytest.mark.parametrize("name", ["native", "srgb"])
+def test_the_profile_to_embed_is_that_of_the_pixels_given_out(name):
+    space = WorkingSpace(name)
+    for data, want in (
+        (PICTURES["png of another profile"][0], p3() if name == "native" else srgb_profile()),
+        (PICTURES["rgb png"][0], None),
+        (PICTURES["cmyk jpeg"][0], None),
+        (file_of(RGB.convert("CMYK"), "JPEG", icc_profile=cmyk_profile()), srgb_profile()),
+    ):
+        with opened(data, space=space) as scene:
+            assert scene.icc == want
+    with opened(file_of(GREY, "PNG", icc_profile=rgb_profile("Adobe RGB")), space=space) as scene:
+        assert colour_space(scene.icc) == "GRAY" and scene.channels == 1
+    with opened(PICTURES["rgb png"][0], space=WorkingSpace.parse("x", p3())) as scene:
+        assert scene.icc == p3()
+    with opened(PICTURES["png of another profile"][0], space=space, bands=(3, 2, 1)) as scene:
+        assert scene.icc is None and scene.profile
+
+
+@pytest.mark.parametrize("name", ["grey", "rgb", "palette", "transparent colour", "rgb of 16 bits", "tiff of 16 bits"])
+def test_alpha_is_cut_by_window_as_the_pixels_are(name):
+    samples = np.random.default_rng(2).integers(0, 65536, (40, 56, 4), np.uint16)
+    eight = Image.fromarray((samples >> 8).astype(np.uint8))
+    data, want = {
+        "grey": lambda: (file_of(eight.convert("LA"), "PNG"), samples[..., 3] >> 8),
+        "rgb": lambda: (file_of(eight, "PNG"), samples[..., 3] >> 8),
+        "palette": lambda: (
+            file_of(RGB.quantize(4), "PNG", transparency=b"\0\x50\xa0\xff"),
+            np.array([0, 0x50, 0xA0, 0xFF])[np.array(RGB.quantize(4))],
+        ),
+        "transparent colour": lambda: (
+            file_of(RGB, "PNG", transparency=tuple(map(int, photo()[5, 6]))),
+            np.where((photo() == photo()[5, 6]).all(axis=2), 0, 255),
+        ),
+        "rgb of 16 bits": lambda: (imagecodecs.png_encode(samples), samples[..., 3]),
+        "tiff of 16 bits": lambda: (tiff_of(samples, alpha="unassalpha"), samples[..., 3]),
+    }[name]()
+    with opened(data, space=NATIVE) as scene:
+        assert scene.has_alpha
+        for y, x, h, w in ((0, 0, 40, 56), (7, 9, 20, 31), (39, 55, 1, 1)):
+            found = scene.alpha(y, x, h, w)
+            assert found.dtype == scene.dtype and found.flags.c_contiguous
+            np.testing.assert_array_equal(found, want[y : y + h, x : x + w])
+        with pytest.raises(ValueError, match="must not be empty, and lie inside"):
+            scene.alpha(0, 0, 41, 1)
+
+
+def tiff_of(samples, *, alpha, pages=1, **options):
+    out = io.BytesIO()
+    with tifffile.TiffWriter(out) as writer:
+        for _ in range(pages):
+            writer.write(samples, photometric="rgb", extrasamples=[alpha] if alpha else None, metadata=None, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_associated_alpha_gives_the_colours_back_in_8_and_16_bits(dtype):
+    top = np.iinfo(dtype).max
+    straight = np.random.default_rng(3).integers(0, top, (40, 56, 3), dtype, endpoint=True)
+    alpha = np.broadcast_to(np.linspace(0, top, 56).round().astype(dtype), (40, 56))
+    multiplied = np.round(straight * (alpha[:, :, None] / top)).astype(dtype)
+    data = tiff_of(np.dstack([multiplied, alpha]), alpha="assocalpha")
+    with opened(data, space=NATIVE) as scene, opened(data, space=NATIVE, max_pixels=1) as windowed:
+        assert isinstance(windowed, rasters.RasterScene)
+        np.testing.assert_array_equal(whole(windowed)[0], whole(scene)[0])
+        np.testing.assert_array_equal(scene.alpha(0, 0, 40, 56), alpha)
+        error = np.abs(whole(scene)[0].astype(float) - straight)[:, 1:]
+        assert (error <= (0.5 if dtype == np.uint16 else 1) * top / alpha[:, 1:, None] + 1).all()
+        np.testing.assert_array_equal(whole(scene)[0][:, 55], straight[:, 55])
+
+
+def test_a_transparent_colour_of_16_bits_is_alpha():
+    samples = np.arange(12, dtype=np.uint16).reshape(3, 4, 1) * 5000
+    data = imagecodecs.png_encode(samples)
+    key = b"tRNS" + (10_000).to_bytes(2, "big")
+    part = b"\0\0\0\2" + key + zlib.crc32(key).to_bytes(4, "big")
+    with opened(data[:33] + part + data[33:], space=NATIVE) as scene:
+        np.testing.assert_array_equal(scene.alpha(0, 0, 3, 4), np.where(samples[..., 0] == 10_000, 0, 65535))
+        np.testing.assert_array_equal(scene.alpha(1, 0, 2, 4), np.full((2, 4), 65535))
+
+
+def test_16_bit_files_say_what_they_are():
+    samples = np.random.default_rng(2).integers(0, 65536, (40, 56, 3), np.uint16)
+    tags = [(271, 2, 0, "Maker", True), (274, 3, 1, 6, True), (700, 1, 4, b"<x/>", True)]
+    with opened(tiff_of(samples, alpha=None, iccprofile=p3(), extratags=tags), space=NATIVE) as scene:
+        read = Image.Exif()
+        read.load(scene.exif)
+        assert scene.icc == p3() and read[271] == "Maker" and scene.xmp == b"<x/>"
+        assert scene.mode == "RGB;16" and scene.exif_transposed and scene.dtype == np.uint16
+        np.testing.assert_array_equal(whole(scene)[0], np.rot90(samples, 3))
+    with opened(imagecodecs.png_encode(np.ascontiguousarray(samples[..., 0])), space=NATIVE) as scene:
+        assert (scene.mode, scene.icc, scene.exif, scene.has_alpha) == ("L;16", None, None, False)
+
+
+def test_the_first_page_is_read_where_that_is_asked_for():
+    frames = {"save_all": True, "append_images": [RGB.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]}
+    deep = np.random.default_rng(2).integers(0, 65536, (40, 56, 3), np.uint16)
+    for data, want in (
+        (file_of(RGB, "TIFF", **frames), photo()),
+        (file_of(RGB, "PNG", **frames), photo()),
+        (tiff_of(deep, alpha=None, pages=2), deep),
+    ):
+        assert refusal(data).reason in ("multipage", "animated")
+        with opened(data, first_page=True) as scene:
+            np.testing.assert_array_equal(whole(scene)[0], want)
+            assert not scene.kept
