@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 from mlflow.data.http_dataset_source import HTTPDatasetSource
@@ -23,10 +25,15 @@ from pipelines.mlflow_store import EXPERIMENT as EXPERIMENT
 from pipelines.mlflow_store import connect as connect
 from pipelines.mlflow_store import impatient, place
 
+if TYPE_CHECKING:
+    from pipelines.night import Night
+
 CHAMPION, PREVIOUS = "champion", "previous_champion"
 ROLLED_BACK = "diffsr.rolled_back"  # tag of a version that was champion and was rolled back from
 PAIRS_DIGEST = "diffsr.pairs_digest"  # tag of the run that made a pair set: the whole digest of its manifest
 COMMIT = "diffsr.commit"
+MAX_TAG = 500  # characters that every store takes
+_NOT_A_NAME = re.compile(r"[^\w.\- /]", re.ASCII)  # what MLflow does not take in the name of a metric
 
 
 @contextmanager
@@ -187,7 +194,7 @@ def log_model(
             artifacts={"model": str(home)},
             code_paths=[str(here), str(here.parent / "diffsr_core")],
             input_example=[example],
-            pip_requirements=["torch", "numpy", "pillow", "safetensors", "fsspec"],
+            pip_requirements=["torch", "numpy", "pillow", "pyvips[binary]", "safetensors", "fsspec"],
             tags=dict(tags or {}),
             metadata=dict(metadata or {}),
         )
@@ -265,6 +272,32 @@ def log_evaluation(metrics: Mapping[str, float], *, digest: str, source: str, ar
     mlflow.log_metrics(dict(metrics))
     mlflow.log_input(_dataset(source, "evaluation", digest), context="evaluation")
     _log_files(artifacts)
+
+
+def log_night(night: "Night", artifacts: list[str]) -> str:
+    """Log a night as a run `upscale` of its own and return the run's id. artifacts: URIs of its report's files.
+
+    Numbers are metrics, the dead letters by reason errors.json as well; model, recipe and settings are parameters. The
+    data set is that of exactly these inputs: the same (key, etag) of a source have the same digest in every night.
+    """
+    source = storage.absolute(night.source)
+    digest = storage.content_etag(f"{source}\0{night.inputs_digest}".encode())  # MLflow keeps one source per digest
+    params = {**night.settings, "recipe": night.recipe}
+    params |= {f"model_{name}": value for name, value in night.model.items()}
+    with run("upscale", params=params) as run_id:
+        mlflow.set_tags(
+            {
+                "diffsr.model_digest": night.model.get("digest", ""),
+                "diffsr.output": storage.absolute(night.output),
+                "diffsr.run_id": night.run_id,
+                "diffsr.stopped": night.stopped[:MAX_TAG],
+            }
+        )
+        mlflow.log_input(_dataset(source, "upscale", digest), context="upscale")
+        mlflow.log_metrics({_NOT_A_NAME.sub("_", name): value for name, value in night.numbers().items()})
+        mlflow.log_dict({"failures": [asdict(failed) for failed in night.failures]}, "errors.json")
+        _log_files(artifacts)
+    return run_id
 
 
 def newest_version(client: mlflow.MlflowClient, name: str) -> int:
