@@ -182,6 +182,8 @@ def reading(key: str) -> Iterator[None]:
         raise Refused("read", "missing", f"{key!r} was listed and is not there") from None
     except storage.Changed as error:
         raise Refused("read", "source_changed", f"{error}; the next run takes the new content") from None
+    except storage.TransientError as error:  # all tries failed: it is work again the next night
+        raise Refused("read", "io_transient", f"{key!r}: {error}") from None
     except (OSError, ImportError) as error:  # ImportError: fsspec has no package for this protocol here
         raise Refused("read", "io_error", f"{key!r}: {error}") from None
     except ValueError as error:  # a name that storage does not take, as S3 allows "a/../b"

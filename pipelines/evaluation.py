@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from diffsr_core.checkpoint import model_from_files
 from diffsr_core.degradation import Degradation
 from diffsr_core.sampler import SAMPLERS
+from diffsr_core.sampling import SamplingRecipe
 from diffsr_core.schedule import GRIDS
-from diffsr_core.upscaler import SamplingRecipe
 from pipelines import storage
 from pipelines.config import check, fingerprint
 from pipelines.engine import say

@@ -8,7 +8,8 @@ import numpy as np
 from diffsr_core.checkpoint import model_from_files
 from diffsr_core.manipulation import draw, fuse_content, interpolate
 from diffsr_core.metrics import diversity, lr_psnr
-from diffsr_core.upscaler import Pixels, Upscaler
+from diffsr_core.pixels import Pixels
+from diffsr_core.upscaler import Upscaler
 from pipelines import storage
 from pipelines.blobs import encode_blob
 from pipelines.config import check
@@ -83,7 +84,7 @@ def manipulate(config: ManipulateConfig, *, verb: str) -> Summary:
         raise ValueError(f"model ({model.label}) is a regression, it has one result only; give a diffusion model")
     lr, digest = _read("lr", config.lr)
     upscaler = Upscaler(network, config.sampling())
-    upscaler.check_channels(lr)
+    upscaler.check_channels(lr.shape[2])
     if verb != "samples":
         try:
             upscaler.grid_from(config.level)

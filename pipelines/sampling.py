@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from diffsr_core.upscaler import SamplingRecipe
+from diffsr_core.consistency import Consistency
+from diffsr_core.sampling import SamplingRecipe
 from pipelines.config import check
 
 
@@ -21,12 +22,18 @@ class SamplingConfig:
     """0 starts from noise; above 0 from the model's regression noised to this level, which saves steps."""
     seed: int = 0
     """Noise seed."""
-    consistency: Literal["exact", "off"] = "exact"
-    """Projection onto the LR; off for a model of scale 1."""
+    consistency: Consistency = "exact"
+    """Projection onto the LR: exact, interval (within its rounding), low-band (tone only: JPEG, noise), off."""
+    window: int = 512
+    """Side in LR pixels of what is made at once of a larger image; bounds the memory."""
+    margin: int = 24
+    """LR pixels around a window that are computed and not written."""
     tile: int = 64
-    """Side of a network window in LR pixels."""
+    """Side of the network's own patches in a window, in LR pixels."""
     halo: int = 8
-    """LR pixels around a window's core that are computed and not written."""
+    """LR pixels around a tile's core that are computed and not written; joined at every step."""
+    micro_batch: int = 4
+    """Tiles in one network call; part of what decides the bytes."""
     num_threads: int = 1
     """Threads of one network call; part of what decides the bytes."""
     precision: Literal["float32", "bf16"] = "float32"
@@ -49,8 +56,11 @@ class SamplingConfig:
             num_steps=self.steps,
             start_level=self.start_level,
             seed=self.seed,
+            window=max(self.window, self.tile),
+            margin=self.margin,
             tile=self.tile,
             halo=self.halo,
+            micro_batch=self.micro_batch,
             num_threads=self.num_threads,
             precision=self.precision,
             consistency=self.consistency,

@@ -16,7 +16,9 @@ import numpy as np
 from diffsr_core.checkpoint import model_from_files
 from diffsr_core.degradation import Degradation, crop_to_multiple
 from diffsr_core.metrics import lr_psnr, psnr, rgb_to_y, ssim
-from diffsr_core.upscaler import SamplingRecipe, Upscaler, bicubic
+from diffsr_core.pixels import bicubic
+from diffsr_core.sampling import SamplingRecipe
+from diffsr_core.upscaler import Upscaler
 from pipelines import storage
 from pipelines.blobs import decode_blob, encode_blob
 from pipelines.corpus import read_source
@@ -24,8 +26,8 @@ from pipelines.engine import check_engine, map_actors, progress
 from pipelines.images import SUFFIXES, Refused, decode, jpeg_codec
 from pipelines.manifest import load_manifest, manifest_uri
 from pipelines.models import ResolvedModel, load_files, publish_model
-from pipelines.pictures import check_channels
 from pipelines.rows import iter_pairs, read_pair
+from pipelines.stills import check_channels
 
 BASELINES = ("bicubic", "regression")
 METRICS = ("psnr", "ssim", "psnr_y", "ssim_y", "lr_psnr")
@@ -105,7 +107,7 @@ class Scorer:
             hr = crop_to_multiple(pixels, self.scale)
             seed = int(storage.digest_bytes(data)[:14], 16)  # of the content: whoever scores it makes the same LR
             lr = Degradation(**json.loads(self.degradation)).apply(hr, seed=seed, jpeg=jpeg_codec)
-        check_channels(self.upscaler, lr)
+        check_channels(self.upscaler, lr.shape[2])
         result = self.upscaler(lr, digest=storage.digest_bytes(data))
         made = {"bicubic": bicubic(lr, self.scale), "model": result.sr}
         if result.regression is not None:

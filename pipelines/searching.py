@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
+from diffsr_core.sampling import SamplingRecipe
 from diffsr_core.search import GridChoice, Scored, choices, search
-from diffsr_core.upscaler import SamplingRecipe
 from pipelines import storage
 from pipelines.engine import say
 from pipelines.models import ResolvedModel

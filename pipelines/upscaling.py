@@ -1,85 +1,32 @@
 """Job 5: a bucket and a registered model become an upscaled bucket, every asset accounted for, once."""
 
 import os
-from dataclasses import asdict, dataclass, field
+import time
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 
 from diffsr_core.checkpoint import model_from_files
+from diffsr_core.family import SuperResolver
 from pipelines import storage, upkeep
 from pipelines.assets import UpscaleWorker
+from pipelines.calibration import seconds_per_megapixel
 from pipelines.config import check, fingerprint
-from pipelines.engine import say
+from pipelines.engine import check_engine, say
+from pipelines.forecast import calibrate, forecast_night
 from pipelines.images import SUFFIXES
 from pipelines.lease import Lease
 from pipelines.ledger import Ledger, list_table
-from pipelines.models import publish_model, resolve
-from pipelines.runs import Summary, new_run_id
-from pipelines.sampling import SamplingConfig
-from pipelines.work import Work, forecast, run
+from pipelines.models import ResolvedModel, publish_model, resolve
+from pipelines.night import Night, one_line, publish_night, track_night
+from pipelines.probe import megapixels_at
+from pipelines.runs import Summary, check_tracking, new_run_id
+from pipelines.stopping import Stop
+from pipelines.upscaling_config import UpscaleConfig
+from pipelines.work import BudgetExceeded, Outcome, Work, forecast, run
 
 VERBS = ("run", "plan", "status", "verify", "retry-failed", "gc")
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpscaleConfig(SamplingConfig):
-    """Upscale every image of a bucket with a registered model, each exactly once.
-
-    First word: run (the default), plan, status, verify, retry-failed or gc.
-    """
-
-    source: str | None = field(default=None, metadata={"unit": "URI"})
-    """Folder or prefix of images, apart from the output; status, verify and gc need none."""
-    output: str = field(metadata={"unit": "URI"})
-    """Where the results go, mirroring the source; the ledger is kept in _diffsr/ below it."""
-    model: str = field(default="models:/diffsr@champion", metadata={"unit": "REF"})
-    """Model: a folder or URI, models:/name@alias or models:/name/version; an alias is resolved once."""
-    format: Literal["keep", "png", "jpeg", "webp", "tiff"] = "keep"
-    """Format of the results; keep writes what came in (BMP, GIF and PPM become PNG)."""
-    quality: int = 95
-    """Quality of JPEG and lossy WebP results, 1 to 100."""
-    max_megapixels: float = field(default=1.5, metadata={"group": "running"})
-    """Larger inputs are dead letters, judged by their header; memory grows with it, 2.3 GiB per megapixel (nano-x4)."""
-    batch_size: int = 1
-    """Network calls in flight per worker: speed and memory, never the bytes."""
-    unit_megabytes: float = 8.0
-    """Source bytes in one unit of work."""
-    max_dead_share: float = 0.2
-    """Error budget: the job fails (exit 3) when more of its inputs, and more than one, are dead letters."""
-    limit: int | None = None
-    """Do at most this many assets."""
-    engine: Literal["ray", "local"] = "ray"
-    """Ray Data actors, or a plain loop in this process."""
-    num_workers: int = 1
-    """Upscaling actors, one CPU each."""
-    use_gpu: bool = False
-    """One GPU per actor."""
-    delete: bool = False
-    """gc: really delete; without it gc only lists."""
-    dry_run: bool = False
-    """Say what would be done, and stop: run plans, verify records nothing, gc deletes nothing."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(1 <= self.quality <= 100, "quality", self.quality, "must be from 1 to 100", "use 95")
-        check(self.max_megapixels > 0, "max_megapixels", self.max_megapixels, "must be above 0", "use 1.5")
-        check(self.unit_megabytes > 0, "unit_megabytes", self.unit_megabytes, "must be above 0", "use 8")
-        check(0 <= self.max_dead_share <= 1, "max_dead_share", self.max_dead_share, "must be from 0 to 1", "use 0.2")
-        for name in ("batch_size", "num_workers"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1", "use 1 or more")
-        check(self.limit is None or self.limit >= 1, "limit", self.limit, "must be at least 1", "leave it out for all")
-
-    def recipe(self) -> dict[str, Any]:
-        """Return the settings that decide the bytes of the results, beside the model."""
-        return {
-            **asdict(self.sampling()),
-            "format": self.format,
-            "quality": self.quality,
-            "max_megapixels": self.max_megapixels,
-        }
 
 
 def upscale(config: UpscaleConfig, *, verb: str = "run") -> Summary:
@@ -89,63 +36,143 @@ def upscale(config: UpscaleConfig, *, verb: str = "run") -> Summary:
     if verb == "status":
         return upkeep.status(config.output)
     if verb == "verify":
-        return upkeep.verify(config.output, dry_run=config.dry_run)
+        return upkeep.verify(config.output, dry_run=config.dry_run, quick=config.quick)
     if verb == "gc":
-        return upkeep.gc(config.output, delete=config.delete and not config.dry_run)
+        keys = None if config.source is None else list_table(config.source, suffixes=SUFFIXES)["key"]
+        return upkeep.gc(config.output, delete=config.delete and not config.dry_run, source_keys=keys)
     if config.source is None:
         raise ValueError("source (None) must be given; use --source URI")
+    check_engine(config.engine, config.num_workers)
+    if config.track and verb != "plan" and not config.dry_run:
+        check_tracking()
     model = resolve(config.model)
     network, _ = model_from_files(model.files)
     config.sampling().check_fits(network.config)  # before any work is planned
-    recipe = config.recipe()
-    work = Work(
+    work = _work(config, model, retry_dead=verb == "retry-failed")
+    say(f"upscale: {model.label}, digest {model.digest[:12]}, {config.sampler} {config.steps} steps")
+    if verb == "plan" or config.dry_run:
+        return _plan(config, work, network)
+    return _night(config, work, model)
+
+
+def _work(config: UpscaleConfig, model: ResolvedModel, *, retry_dead: bool) -> Work:
+    assert config.source is not None
+    return Work(
         listing=partial(list_table, config.source, suffixes=SUFFIXES),
         output=config.output,
-        recipe=fingerprint(recipe),
+        recipe=fingerprint(config.recipe()),
         model=model.digest,
         unit_bytes=int(config.unit_megabytes * 2**20),
         max_dead_share=config.max_dead_share,
-        retry_dead=verb == "retry-failed",
+        retry_dead=retry_dead,
         limit=config.limit,
+        include=config.include,
+        exclude=config.exclude,
     )
-    say(f"upscale: {model.label}, digest {model.digest[:12]}, {config.sampler} {config.steps} steps")
-    if verb == "plan" or config.dry_run:
-        ahead = forecast(work)
-        say(f"upscale: {ahead.todo} of {ahead.listed} assets are new or changed, {ahead.todo_bytes / 1e6:.1f} MB")
-        return Summary(job="upscale", run_id="none", status="planned", inputs=ahead.todo,
-                       unchanged=ahead.unchanged)  # fmt: skip
-    run_id = new_run_id("upscale")
-    with Lease(config.output, run_id=run_id) as lease:
-        outcome = run(
-            work,
-            make=UpscaleWorker,
-            arguments={
-                "source": config.source,
-                "output": config.output,
-                "model_uri": publish_model(model, config.output),
-                "model_name": {"name": model.name, "version": model.version, "digest": model.digest},
-                "sampling": asdict(config.sampling()),
-                "recipe": recipe,
-                "in_flight": config.batch_size,
-                "device": "cuda" if config.use_gpu else "cpu",
-            },
-            engine=config.engine,
-            num_workers=config.num_workers,
-            use_gpu=config.use_gpu,
-            run_id=run_id,
-            lease=lease,
-            label="upscale",
-        )
-    return Summary(job="upscale", run_id=run_id, status="done", inputs=outcome.inputs, done=outcome.done,
-                   skipped=outcome.skipped, dead=outcome.dead, unchanged=outcome.unchanged,
-                   outputs=[config.output], metrics=_mean_metrics(config.output, run_id))  # fmt: skip
 
 
-def _mean_metrics(output: str, run_id: str) -> dict[str, float]:
-    table = Ledger(output).rows(["metrics", "run_id"])
-    rows = [dict(metrics) for metrics in table.filter(pc.equal(table["run_id"], run_id))["metrics"].to_pylist()]
-    names = {name for row in rows for name in row}
-    return {n: sum(row[n] for row in rows if n in row) / sum(n in row for row in rows) for n in sorted(names)}
+def _plan(config: UpscaleConfig, work: Work, network: SuperResolver) -> Summary:
+    """Say what a night would do and take; write nothing."""
+    ahead = forecast(work)
+    scale, source = network.config.scale, str(config.source)
+
+    def output_megapixels(row: dict[str, Any]) -> float | None:
+        found = megapixels_at(storage.join(source, row["key"])) if ".." not in row["key"].split("/") else None
+        return None if found is None else found * scale**2
+
+    measure = partial(seconds_per_megapixel, network, config.sampling(), device=config.device)
+    found = forecast_night(
+        ahead.rows,
+        megapixels_of=output_megapixels,
+        calibration=calibrate(config.output, recipe=work.recipe, model=work.model, measure=measure),
+        num_workers=config.num_workers,
+        device_hour_price=config.device_hour_price,
+    )
+    why = ", ".join(f"{count:,} {reason}" for reason, count in ahead.counts.items() if count)
+    say(f"upscale: {ahead.todo:,} of {ahead.listed:,} assets are to do, {ahead.todo_bytes / 1e6:,.1f} MB ({why})")
+    say(f"upscale: {found.text}")
+    metrics = {f"{reason}_assets": float(count) for reason, count in ahead.counts.items()}
+    metrics |= {"source_bytes": float(ahead.todo_bytes), **found.metrics}
+    return Summary(job="upscale", run_id="none", status="planned", inputs=ahead.todo, unchanged=ahead.unchanged,
+                   metrics=metrics)  # fmt: skip
+
+
+def _night(config: UpscaleConfig, work: Work, model: ResolvedModel) -> Summary:
+    """Do the work under the lease, and leave its account: ledger, report, MLflow run."""
+    run_id, started = new_run_id("upscale"), time.monotonic()
+    with Lease(config.output, run_id=run_id) as lease, Stop(max_hours=config.max_hours) as stop:
+
+        def account(outcome: Outcome) -> Night:
+            night = publish_night(
+                config.output,
+                run_id=run_id,
+                source=str(config.source),
+                rows=Ledger(config.output).of_run(run_id, fence=lease.fence),
+                unchanged=outcome.unchanged,
+                stopped=outcome.stopped,
+                left=outcome.left,
+                seconds=time.monotonic() - started,
+                num_workers=config.num_workers,
+                device_hour_price=config.device_hour_price or None,
+                recipe=work.recipe,
+                model={"name": model.name or model.ref, "version": model.version or "", "digest": model.digest},
+                settings=config.recipe(),
+            )
+            say(one_line(night))
+            if config.track:
+                track_night(night)
+            return night
+
+        try:
+            outcome = run(
+                work,
+                make=UpscaleWorker,
+                arguments=_arguments(config, model, fence=lease.fence),
+                engine=config.engine,
+                num_workers=config.num_workers,
+                use_gpu=config.use_gpu,
+                run_id=run_id,
+                lease=lease,
+                label="upscale",
+                stop=stop,
+            )
+        except BudgetExceeded as error:
+            if error.outcome is not None and error.outcome.inputs:
+                account(error.outcome)
+            raise
+        if not outcome.inputs:  # nothing is written, and the ledger is not read again
+            night, outputs = None, [config.output]
+        else:
+            night = account(outcome)
+            outputs = [config.output, storage.join(night.folder, "night.html")]
+    metrics = {} if night is None else night.numbers()
+    return Summary(
+        job="upscale",
+        run_id=run_id,
+        status="stopped" if outcome.stopped else "done",
+        inputs=outcome.inputs,
+        done=outcome.done,
+        skipped=outcome.skipped,
+        dead=outcome.dead,
+        unchanged=outcome.unchanged,
+        outputs=outputs,
+        metrics=metrics,
+    )
+
+
+def _arguments(config: UpscaleConfig, model: ResolvedModel, *, fence: int) -> dict[str, Any]:
+    return {
+        "source": config.source,
+        "output": config.output,
+        "fence": fence,
+        "model_uri": publish_model(model, config.output),
+        "model_name": {"name": model.name, "version": model.version, "digest": model.digest},
+        "recipe": config.recipe(),
+        "in_flight": config.batch_size or 0,
+        "device": config.device,
+        "max_seconds": config.max_seconds,
+        "memory_share": 0.5 / config.num_workers,
+    }
 
 
 def _check_apart(source: str, output: str) -> None:

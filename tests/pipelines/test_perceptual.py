@@ -12,7 +12,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file as save_tensors
 from torch import nn
 
-from diffsr_core.upscaler import to_model_range
+from diffsr_core.pixels import to_model_range
 from diffsr_core.validation import ValidationRecipe, validate
 from pipelines.perceptual import Lpips, cache_folder, load_lpips, read_features, read_pristine
 from tests.core.tiny import RRDB_TWIN, model_of

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from diffsr_core.search import GridChoice
-from diffsr_core.upscaler import SamplingRecipe
+from diffsr_core.sampling import SamplingRecipe
 from pipelines import searching
 from pipelines.models import ResolvedModel
 from pipelines.scoring import METRICS, Dataset, Item

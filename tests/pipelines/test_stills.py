@@ -1,4 +1,4 @@
-"""Laws of pipelines.pictures: alpha, grey, orientation and profile survive; what is measured is what is published."""
+"""Laws of stills: alpha, grey, orientation and profile survive; what is measured is what is published."""
 
 import io
 
@@ -9,11 +9,13 @@ from PIL import Image, ImageCms
 
 from diffsr_core.family import ModelConfig, SuperResolver
 from diffsr_core.networks.rrdb import RRDBConfig
+from diffsr_core.pixels import bicubic
 from diffsr_core.resize import downscale_pixels
-from diffsr_core.upscaler import SamplingRecipe, Upscaler, bicubic
-from pipelines import pictures
+from diffsr_core.sampling import SamplingRecipe
+from diffsr_core.upscaler import Upscaler
+from pipelines import encoders, pictures, stills
 from pipelines.images import Refused
-from pipelines.pictures import output_key, target_format, upscale_picture
+from pipelines.stills import StillSettings
 
 SCALE = 2
 
@@ -24,6 +26,10 @@ def upscaler():
     encoder = RRDBConfig(scale=SCALE, num_features=4, num_blocks=3, head="pixel_shuffle")
     model = SuperResolver(ModelConfig(encoder=encoder, denoiser=None, anchor="regression"))
     return Upscaler(model, SamplingRecipe(tile=32, halo=4))
+
+
+def upscale_picture(upscaler, data, **settings):
+    return pictures.upscale_picture(upscaler, data, settings=StillSettings(**settings), model="digest")
 
 
 def photo(height=20, width=28, colours=3):
@@ -55,7 +61,7 @@ def psnr(a, b):
 
 def test_the_result_is_the_source_enlarged_and_keeps_to_it(upscaler):
     result = upscale_picture(upscaler, file_of(photo()))
-    assert (result.format, result.source_format, opened(result.data).size) == ("PNG", "PNG", (56, 40))
+    assert (result.format, opened(result.data).size) == ("PNG", (56, 40))
     assert psnr(reduced(result.data), photo()) > 45
     assert result.metrics["colour_drift"] < 1
 
@@ -110,14 +116,6 @@ def test_the_colour_profile_is_kept(upscaler, format):
     assert "icc_profile" not in opened(upscale_picture(upscaler, file_of(photo(), format)).data).info
 
 
-@pytest.mark.parametrize(("format", "kept"), [("png", True), ("jpeg", True), ("tiff", True), ("webp", False)])
-def test_the_profile_of_a_grey_picture_goes_into_a_grey_file_only(upscaler, format, kept):
-    profile = bytes(12) + b"mntrGRAYXYZ " + bytes(108)  # a header that says what it is; nothing reads further
-    data = file_of(photo(colours=1), icc_profile=profile)
-    result = opened(upscale_picture(upscaler, data, format=format).data)
-    assert (result.mode, result.info.get("icc_profile")) == (("L", profile) if kept else ("RGB", None))
-
-
 def test_lr_psnr_and_drift_are_those_of_the_decoded_published_file(upscaler):
     values = []
     for quality in (30, 95):
@@ -130,29 +128,26 @@ def test_lr_psnr_and_drift_are_those_of_the_decoded_published_file(upscaler):
     assert values[0] + 1 < values[1] < lossless
 
 
-def test_the_noise_is_keyed_by_the_content_of_the_file():
-    digests = []
+class Spy(Upscaler):
+    """An upscaler that notes what its noise is keyed by."""
 
-    class Spy:
-        class model:
-            class config:
-                scale = SCALE
+    def __init__(self, upscaler):
+        super().__init__(upscaler.model, upscaler.recipe)
+        self.digests = []
 
-        def check_channels(self, pixels):
-            pass
+    def window(self, pixels, window, *, digest):
+        self.digests.append(digest)
+        return super().window(pixels, window, digest=digest)
 
-        def __call__(self, pixels, *, digest):
-            digests.append(digest)
 
-            class result:
-                sr = bicubic(pixels, SCALE)
-
-            return result
-
-    first, second = file_of(photo()), file_of(photo(), compress_level=1)
+def test_the_noise_is_keyed_by_the_content_of_the_file_or_by_its_folder(upscaler):
+    spy, first, second = Spy(upscaler), file_of(photo()), file_of(photo(), compress_level=1)
     for data in (first, first, second):
-        upscale_picture(Spy(), data)
-    assert digests[0] == digests[1] != digests[2]
+        upscale_picture(spy, data)
+    assert spy.digests[0] == spy.digests[1] != spy.digests[2]
+    for data in (first, second):
+        upscale_picture(spy, data, noise="folder")
+    assert spy.digests[3] == spy.digests[4] not in spy.digests[:3]
 
 
 @pytest.mark.parametrize(
@@ -166,25 +161,32 @@ def test_a_refusal_of_the_decoder_passes_through(upscaler, data, reason):
 
 
 def test_a_picture_beyond_the_limit_is_refused_and_its_larger_result_is_not(upscaler):
-    data, pixels = file_of(photo()), 20 * 28
-    assert upscale_picture(upscaler, data, max_pixels=pixels).format == "PNG"
+    data, megapixels = file_of(photo()), 20 * 28 / 1e6
+    assert upscale_picture(upscaler, data, max_megapixels=megapixels).format == "PNG"
     with pytest.raises(Refused, match="too_large"):
-        upscale_picture(upscaler, data, max_pixels=pixels - 1)
+        upscale_picture(upscaler, data, max_megapixels=megapixels * 0.99)
 
 
-def test_alpha_that_the_wanted_format_cannot_store_is_refused_before_any_work():
-    class Never:
-        class model:
-            class config:
-                scale = SCALE
+class Never(Upscaler):
+    """An upscaler that must not be asked."""
 
-        def __call__(self, pixels, *, digest):
-            pytest.fail("the network ran for a result that cannot be written")
+    def window(self, pixels, window, *, digest):
+        pytest.fail("the network ran for a result that cannot be written")
 
+
+def test_alpha_that_the_wanted_format_cannot_store_is_refused_before_any_work(upscaler):
     data = file_of(np.dstack([photo(), photo()[:, :, :1]]))
     with pytest.raises(Refused) as caught:
-        upscale_picture(Never(), data, format="jpeg")
+        upscale_picture(Never(upscaler.model, upscaler.recipe), data, format="jpeg")
     assert (caught.value.stage, caught.value.reason) == ("encode", "alpha")
+
+
+@pytest.mark.parametrize(("format", "side"), [("webp", 8192), ("jpeg", 32751)])
+def test_a_result_that_the_format_cannot_hold_is_refused_before_any_work_and_tiff_is_offered(upscaler, format, side):
+    data = file_of(np.zeros((1, side, 3), np.uint8))
+    with pytest.raises(Refused, match="tiff") as caught:
+        upscale_picture(Never(upscaler.model, upscaler.recipe), data, format=format)
+    assert (caught.value.stage, caught.value.reason) == ("encode", "format_limit")
 
 
 def upscaler_of(channels):
@@ -209,20 +211,14 @@ def test_grey_is_read_by_a_model_of_any_channels_and_stays_grey(channels):
     assert (opened(result.data).mode, opened(result.data).size) == ("L", (56, 40))
 
 
-class Failing:
+class Failing(Upscaler):
     """An upscaler that raises."""
 
-    class model:
-        class config:
-            scale = SCALE
-
-    def __init__(self, error):
+    def __init__(self, upscaler, error):
+        super().__init__(upscaler.model, upscaler.recipe)
         self.error = error
 
-    def check_channels(self, pixels):
-        pass
-
-    def __call__(self, pixels, *, digest):
+    def window(self, pixels, window, *, digest):
         raise self.error
 
 
@@ -234,18 +230,18 @@ class Failing:
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
     ],
 )
-def test_what_does_not_fit_into_memory_is_refused_as_oom(error):
+def test_what_does_not_fit_into_memory_is_refused_as_oom(upscaler, error):
     with pytest.raises(Refused) as caught:
-        upscale_picture(Failing(error), file_of(photo()))
+        upscale_picture(Failing(upscaler, error), file_of(photo()))
     assert caught.value.reason == "oom"
 
 
-@pytest.mark.parametrize("step", ["bicubic", "encode", "lr_psnr"])
-def test_a_lack_of_memory_at_any_step_is_refused_as_oom(upscaler, monkeypatch, step):
+@pytest.mark.parametrize(("module", "step"), [(stills, "bicubic"), (encoders, "encode"), (stills, "Fidelity")])
+def test_a_lack_of_memory_at_any_step_is_refused_as_oom(upscaler, monkeypatch, module, step):
     def lacking(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(pictures, step, lacking)
+    monkeypatch.setattr(module, step, lacking)
     with pytest.raises(Refused) as caught:
         upscale_picture(upscaler, file_of(np.dstack([photo(), photo()[:, :, :1]])))
     assert (caught.value.stage, caught.value.reason) == ("upscale", "oom")
@@ -257,9 +253,9 @@ def test_torch_words_a_lack_of_memory_as_we_expect():
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("bug"), IndexError("bug")])
-def test_a_bug_is_not_taken_for_bad_data(error):
+def test_a_bug_is_not_taken_for_bad_data(upscaler, error):
     with pytest.raises(type(error), match=str(error)):
-        upscale_picture(Failing(error), file_of(photo()))
+        upscale_picture(Failing(upscaler, error), file_of(photo()))
 
 
 @pytest.mark.parametrize(
@@ -278,18 +274,18 @@ def test_a_bug_is_not_taken_for_bad_data(error):
     ],
 )
 def test_a_key_is_kept_with_its_format_and_grows_an_extension_with_another(key, source, wanted, expected):
-    assert output_key(key, source, wanted) == expected
+    assert StillSettings(format=wanted).output_key(key, source) == expected
 
 
 def test_names_that_differ_only_in_their_extension_never_collide():
     sources = {"a.jpg": "JPEG", "a.png": "PNG", "a.webp": "WEBP", "a.tif": "TIFF", "a.bmp": "BMP", "a.gif": "GIF"}
     for wanted in ("keep", "png", "jpeg", "webp", "tiff"):
-        keys = [output_key(key, format, wanted) for key, format in sources.items()]
+        keys = [StillSettings(format=wanted).output_key(key, format) for key, format in sources.items()]
         assert len(set(keys)) == len(sources), wanted
 
 
 def test_the_target_is_what_is_asked_or_the_nearest_that_can_be_written():
-    assert [target_format(name, "keep") for name in ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")] == [
+    assert [StillSettings().target(name) for name in ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")] == [
         "PNG", "JPEG", "WEBP", "TIFF", "PNG", "PNG", "PNG",
     ]  # fmt: skip
-    assert target_format("BMP", "webp") == "WEBP"
+    assert StillSettings(format="webp").target("BMP") == "WEBP"

@@ -1,0 +1,48 @@
+"""Sidecars: `<result>.json` beside each result says where it comes from, what made it, and how good it is.
+
+It says all that a receipt does, so a result whose receipt was lost can be taken up again (`verify`, or the next run).
+"""
+
+import json
+from typing import Any
+
+from pipelines import storage
+
+
+class Sidecar:
+    """A sidecar's document. Raises LookupError, TypeError or ValueError for one that is not of our shape."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        source, output = document["source"], document["output"]
+        self.source_key, self.etag = str(source["key"]), str(source["etag"])
+        self.size, self.source_sha256 = int(source["size"]), str(source["sha256"])
+        self.out_key, self.out_sha256, self.out_bytes = str(output["key"]), str(output["sha256"]), int(output["bytes"])
+        self.model, self.fingerprint = str(document["model"]["digest"]), str(document["fingerprint"])
+        self.metrics = {str(name): float(value) for name, value in document["metrics"].items()}
+        self.verdict, self.message = str(document["quality"]["verdict"]), str(document["quality"]["message"])
+        beside = output.get("uncertainty")
+        self.files = {self.out_key: self.out_sha256}
+        if beside is not None:
+            self.files[str(beside["key"])] = str(beside["sha256"])
+
+    @property
+    def keys(self) -> set[str]:
+        """The objects that it speaks for."""
+        return set(self.files)
+
+    def outcome(self) -> dict[str, Any]:
+        """Return the fields of a receipt that says that this result is done."""
+        verdict = "" if self.verdict == "pass" else self.verdict
+        return {"status": "done", "out_key": self.out_key, "out_sha256": self.out_sha256, "out_bytes": self.out_bytes,
+                "metrics": self.metrics, "stage": "quality" if verdict else "", "reason": verdict,
+                "message": self.message}  # fmt: skip
+
+
+def read_sidecar(uri: str) -> Sidecar | None:
+    """Return the sidecar of the result at `uri`, None where it is missing, damaged or somebody else's."""
+    try:
+        return Sidecar(json.loads(storage.read_bytes(f"{uri}.json")))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None
+    except (ValueError, LookupError, TypeError, RecursionError, AttributeError):  # not JSON, or not of our shape
+        return None
