@@ -48,11 +48,16 @@ bench: venv
 gpu-check: venv
 	$(BIN)/python -m tests.benchmarks.training_gpu
 
-# What takes too long for the tests (tests/soak/README.md): about an hour.
+# What takes too long for the tests (tests/soak/README.md): some hours.
 soak: venv
 	$(BIN)/python -m tests.soak.kills
 	$(BIN)/python -m tests.soak.kills --engine ray --num-workers 2 --kills 5 --seed 1
 	$(BIN)/python -m tests.soak.memory
+	$(BIN)/python -m tests.soak.kills --job upscale
+	$(BIN)/python -m tests.soak.kills --job upscale --engine ray --num-workers 2
+	$(BIN)/python -m tests.soak.kills --job upscale --engine ray --num-workers 2 --victim worker --kills 5
+	$(BIN)/python -m tests.soak.memory --job upscale
+	$(BIN)/python -m tests.soak.nights
 
 # The demo's MLflow: experiments, models, aliases.
 serve: venv

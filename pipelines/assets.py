@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from typing import Any
 
 from diffsr_core.checkpoint import model_from_files
@@ -23,14 +24,14 @@ from pipelines.config import fingerprint
 from pipelines.corpus import Corpus, Original
 from pipelines.engine import Enter
 from pipelines.images import Refused
-from pipelines.inventory import proven
+from pipelines.inventory import proven, sha256_of
 from pipelines.kinds import Asset, Kind, PassedOver, Result, draw, out_of_memory
 from pipelines.lease import Fence, publish_fenced
 from pipelines.ledger import Receipt
 from pipelines.models import load_files
 from pipelines.quality import Thresholds
-from pipelines.sidecars import Sidecar, read_sidecar
-from pipelines.stills import Stills, StillSettings, uncertainty_key
+from pipelines.sidecars import Sidecar, Written, describe, read_sidecar, uncertainty_key
+from pipelines.stills import Stills, StillSettings
 
 # What a store says of a name that it cannot hold: too long, or a file where another name needs a folder.
 BAD_NAME = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
@@ -41,7 +42,8 @@ BESIDE = 3  # assets that are read, decoded, encoded or published while others a
 class UpscaleWorker:
     """Unit -> result objects and a receipt per asset; the model is loaded once. Plain arguments.
 
-    recipe: all that decides the bytes, `sampling` and `still` in it. in_flight: windows on the device at once, 0 for as
+    recipe: all that decides the bytes, `sampling` and `still` in it; admission: what else decides what becomes of an
+    input (StillSettings has both). model: its digest. in_flight: windows on the device at once, 0 for as
     many as a part of the free memory holds. fence: of the run, under which results are replaced.
     """
 
@@ -52,20 +54,21 @@ class UpscaleWorker:
         output: str,
         fence: int,
         model_uri: str,
-        model_name: dict[str, Any],
+        model: str,
         recipe: dict[str, Any],
+        admission: dict[str, Any],
         in_flight: int = 0,
         device: str = "cpu",
-        max_seconds: float = 120.0,
         memory_share: float = 0.5,
     ) -> None:
         network, _ = model_from_files(load_files(model_uri))
         self.upscaler = Upscaler(network, SamplingRecipe(**recipe["sampling"]), device=device)
         self.corpus, self.output, self.fence = Corpus(source=source), output, Fence(output, fence)
-        self.model, self.recipe, self.fingerprint = model_name, recipe, fingerprint(recipe)
-        still = {**recipe["still"], "thresholds": Thresholds(**recipe["still"]["thresholds"])}
-        settings = StillSettings(**still, max_seconds=max_seconds)
-        self.kind: Kind = Stills(settings, model=model_name["digest"], recipe=self.fingerprint)
+        self.model, self.recipe, self.fingerprint = model, recipe, fingerprint(recipe)
+        still = recipe["still"] | admission
+        thresholds = Thresholds(**{item.name: still.pop(item.name) for item in fields(Thresholds)})
+        settings = StillSettings(**still, thresholds=thresholds)
+        self.kind: Kind = Stills(settings, model=model, recipe=self.fingerprint)
         self.in_flight = in_flight or planned_in_flight(self.upscaler, share=memory_share)
         self._device = threading.BoundedSemaphore(self.in_flight)
         self._memory = MemoryBudget(HELD_BYTES)
@@ -78,7 +81,7 @@ class UpscaleWorker:
 
     def _asset(self, row: dict[str, Any], enter: Enter) -> Receipt:
         started = time.time()
-        fields = {**row, "recipe": self.fingerprint, "model": self.model["digest"], "started": started}
+        known = {**row, "recipe": self.fingerprint, "model": self.model, "started": started}
         try:
             enter(row["key"])
             outcome = self._done(row)
@@ -86,7 +89,7 @@ class UpscaleWorker:
             outcome = {"status": "skipped", "stage": passed.stage, "reason": passed.reason, "message": passed.message}
         except Refused as refused:
             outcome = {"status": "dead", "stage": refused.stage, "reason": refused.reason, "message": refused.message}
-        return Receipt(**fields, **outcome, seconds=time.time() - started)
+        return Receipt(**known, **outcome, seconds=time.time() - started)
 
     def _done(self, row: dict[str, Any]) -> dict[str, Any]:
         """Upscale and publish one asset; return the receipt's outcome. Raises Refused or PassedOver."""
@@ -107,7 +110,7 @@ class UpscaleWorker:
                 result = asset.finish(self.upscaler)
                 seconds = {"read_s": read_s, "device_s": device_s, **asset.seconds}
                 began = time.perf_counter()
-                outcome = self._publish(row, original, result)
+                outcome = self._publish(row, original, result, there)
                 seconds["publish_s"] = time.perf_counter() - began
         return {**outcome, "metrics": {**outcome["metrics"], **seconds}}
 
@@ -122,22 +125,21 @@ class UpscaleWorker:
             asset.assemble(window, drawn)
         return seconds
 
-    def _publish(self, row: dict[str, Any], original: Original, result: Result) -> dict[str, Any]:
-        """Write the sidecar, the files beside the image, then the image. Raises Refused for a name that cannot be."""
-        digests, sizes = dict[str, str](), dict[str, int]()
+    def _publish(
+        self, row: dict[str, Any], original: Original, result: Result, there: Sidecar | None
+    ) -> dict[str, Any]:
+        """Write the sidecar, the files beside the image, then the image; there: what lay at its place.
+
+        Raises Refused for a name that cannot be.
+        """
+        files = {}
         for key, path in result.files.items():
             with open(path, "rb") as file:
-                digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
-                sizes[key] = file.tell()
-        output = {"key": result.out_key, "sha256": digests[result.out_key], "bytes": sizes[result.out_key]}
-        output |= {"format": result.format, **result.output}
-        if (beside := uncertainty_key(result.out_key)) in digests:
-            output["uncertainty"] = {"key": beside, "sha256": digests[beside]}
-        source = {"key": row["key"], "etag": row["etag"], "size": row["size"], "sha256": original.digest}
-        sidecar = {
-            "source": source | result.source,
-            "output": output,
-            "model": self.model,
+                files[key] = Written(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())
+        document: dict[str, Any] = {
+            "source": {"key": row["key"], "etag": row["etag"], "size": row["size"], "sha256": original.digest},
+            "output": describe(result.out_key, files),
+            "model": {"digest": self.model},
             "recipe": self.recipe,
             "fingerprint": self.fingerprint,
             "method": result.method,
@@ -147,17 +149,31 @@ class UpscaleWorker:
             "synthetic": True,
             "notes": result.notes,
         }
-        text = json.dumps(sidecar, indent=1, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")
+        document["source"] |= result.source
+        document["output"] |= {"format": result.format, **result.output}
+        text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")
         with named(result.out_key):
+            if there is not None and there.out_key == result.out_key and uncertainty_key(result.out_key) not in files:
+                self._remove_map(there)
             publish_fenced(storage.join(self.output, f"{result.out_key}.json"), text, self.fence)
             for key, path in result.files.items():
                 publish_fenced(storage.join(self.output, key), path, self.fence)
-        return Sidecar(sidecar).outcome()
+        return Sidecar(document).outcome()
+
+    def _remove_map(self, there: Sidecar) -> None:
+        """Remove the map of the result that lies here, where it is the one that its sidecar names.
+
+        Before its sidecar goes: a run that is killed in between finds it again.
+        """
+        uri = storage.join(self.output, beside := uncertainty_key(there.out_key))
+        if beside in there.files and sha256_of(uri) == there.files[beside]:
+            self.fence.check()
+            storage.delete(uri)
 
     def _is_done(self, there: Sidecar, row: dict[str, Any], original: Original) -> bool:
         """Return whether the result is there already, whole: a run that was killed had written it, not its receipt."""
         found = (there.fingerprint, there.model, there.source_key, there.etag, there.source_sha256)
-        wanted = (self.fingerprint, self.model["digest"], row["key"], row["etag"], original.digest)
+        wanted = (self.fingerprint, self.model, row["key"], row["etag"], original.digest)
         return found == wanted and proven(self.output, there.out_key) is not None
 
     def _check_free(self, key: str, source_key: str, there: Sidecar | None) -> None:
@@ -170,6 +186,14 @@ class UpscaleWorker:
             if storage.exists(storage.join(self.corpus.source, taken)):
                 message = f"its result would be {taken!r}, which is a source itself; rename one"
                 raise Refused("publish", "key_taken", message)
+        if storage.is_local(self.output):  # a file system has no room for a file where a folder must be
+            for taken in (key, f"{key}.json"):
+                if storage.is_folder(storage.join(self.corpus.source, taken)):
+                    message = f"its result would be {taken!r}, which is a folder of the source; rename one"
+                    raise Refused("publish", "key_taken", message)
+        if self.upscaler.recipe.num_samples > 1:  # a name that is too long is found before anything is written
+            with suppress(FileNotFoundError):
+                storage.open_file(storage.join(self.output, uncertainty_key(key))).close()
         owners = [there]
         if key.endswith(suffix := uncertainty_key("")):
             owners.append(read_sidecar(storage.join(self.output, key.removesuffix(suffix))))

@@ -26,7 +26,8 @@ from pipelines.images import Refused
 from pipelines.profiles import WorkingSpace
 from pipelines.receipts import metric
 from pipelines.scenes import Scene, SceneSettings, open_scene
-from pipelines.stills import UNCERTAINTY_STEPS, uncertainty_key
+from pipelines.sidecars import uncertainty_key
+from pipelines.stills import UNCERTAINTY_STEPS
 
 CROP_PX = 48  # side of a crop, in LR pixels, at most
 TILE_PX = 256  # side of a crop enlarged by the scale, at most; a smaller one is repeated to no more than this

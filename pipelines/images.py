@@ -129,7 +129,8 @@ class Picture:
     is uint8 HW, straight (not premultiplied), or None; `format` is what was read (one of `FORMATS`, BMP, GIF, PPM);
     `mode` is Pillow's name for the samples as stored; `exif_transposed` says that an orientation was applied;
     `stored_icc` is the profile in the file, which is not `icc` where CMYK or Lab was converted; `exif` (from its TIFF
-    header on) and `xmp` are those of the file, None where it has none.
+    header on) and `xmp` are those of the file, None where it has none; `other_words` names what else it says in words
+    (PNG text, comments, IPTC in a JPEG), which is not given out.
     """
 
     pixels: np.ndarray
@@ -141,6 +142,7 @@ class Picture:
     stored_icc: bytes | None = None
     exif: bytes | None = None
     xmp: bytes | None = None
+    other_words: tuple[str, ...] = ()
 
 
 def identify(data: bytes) -> str:
@@ -201,7 +203,15 @@ def decode_file(file: IO[bytes], format: str, *, max_pixels: int, first_page: bo
     colours = 1 if samples.shape[2] < 3 else 3
     pixels = np.ascontiguousarray(samples[:, :, :colours])
     alpha = np.ascontiguousarray(samples[:, :, colours]) if samples.shape[2] > colours else None
-    return Picture(pixels, alpha, format, mode, icc, turned, image.info.get("icc_profile") or None, exif, xmp)
+    stored_icc = image.info.get("icc_profile") or None
+    return Picture(pixels, alpha, format, mode, icc, turned, stored_icc, exif, xmp, _other_words(image))
+
+
+def _other_words(image: ImageFile.ImageFile) -> tuple[str, ...]:
+    texts = getattr(image, "text", None) or {}
+    names = [f"PNG text {str(key)[:40]!r}" for key in sorted(texts) if key != "XML:com.adobe.xmp"][:20]
+    names += ["a comment"] * bool(image.info.get("comment"))
+    return (*names, *(["IPTC (Photoshop)"] if image.info.get("photoshop") else []))
 
 
 def dimensions(file: IO[bytes], format: str) -> tuple[int, int]:

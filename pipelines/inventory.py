@@ -13,12 +13,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipelines import storage
 from pipelines.local_files import TEMPORARY
-from pipelines.sidecars import Sidecar, read_sidecar
+from pipelines.sidecars import Sidecar, read_sidecar, uncertainty_key
 
 T = TypeVar("T")
 NUM_READERS = 8
 SCHEMA = pa.schema([("key", pa.string()), ("size", pa.int64())])
-UNCERTAINTY = ".uncertainty.png"
 BATCH = 65_536
 _TEMPORARY = re.compile(re.escape(TEMPORARY) + "[0-9a-f]{16}")
 _CHUNK_BYTES = 2**20
@@ -61,7 +60,7 @@ def sha256_of(uri: str) -> str | None:
 def has_maps(output: str, sidecar: Sidecar) -> bool:
     """Return whether what a sidecar names beside its result, an uncertainty map or nothing, is there as it was made."""
     beside = {key: sha256 for key, sha256 in sidecar.files.items() if key != sidecar.out_key}
-    if beside.keys() - {sidecar.out_key + UNCERTAINTY}:  # somebody else's place
+    if beside.keys() - {uncertainty_key(sidecar.out_key)}:  # somebody else's place
         return False
     return all(sha256_of(storage.join(output, key)) == sha256 for key, sha256 in beside.items())
 

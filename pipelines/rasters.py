@@ -81,6 +81,7 @@ class RasterScene:
     """
 
     kept: bool = False
+    other_words: tuple[str, ...] = ()
 
     def __init__(
         self,

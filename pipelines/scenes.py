@@ -61,6 +61,7 @@ class Scene(Protocol):
     exif: bytes | None
     xmp: bytes | None
     has_alpha: bool
+    other_words: tuple[str, ...]
     exif_transposed: bool
 
     def window(self, y: int, x: int, h: int, w: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -144,6 +145,7 @@ class PictureScene:
         self._bands = [band - 1 for band in settings.bands or range(1, stored + 1)]
         self.channels = len(self._bands)
         self.mode, self.exif, self.xmp = picture.mode, picture.exif, picture.xmp
+        self.other_words = picture.other_words
         self.has_alpha, self.exif_transposed = picture.alpha is not None, picture.exif_transposed
         probe = np.zeros((1, 1, stored), np.uint8)
         unchanged = self._space.convert(probe, picture.icc) is probe  # raises for a damaged profile

@@ -4,9 +4,32 @@ It says all that a receipt does, so a result whose receipt was lost can be taken
 """
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from pipelines import storage
+
+UNCERTAINTY = ".uncertainty.png"  # behind the key of a result: its map, 16-bit grey
+
+
+class Written(NamedTuple):
+    """A file that is to be published: SHA-256 and size."""
+
+    sha256: str
+    bytes: int
+
+
+def uncertainty_key(out_key: str) -> str:
+    """Return the key of a result's uncertainty map."""
+    return out_key + UNCERTAINTY
+
+
+def describe(out_key: str, files: Mapping[str, Written]) -> dict[str, Any]:
+    """Return what a sidecar says of the files of a result, by key: the image at out_key, and its map if any."""
+    described: dict[str, Any] = {"key": out_key, "sha256": files[out_key].sha256, "bytes": files[out_key].bytes}
+    if (beside := uncertainty_key(out_key)) in files:
+        described["uncertainty"] = {"key": beside, "sha256": files[beside].sha256}
+    return described
 
 
 class Sidecar:

@@ -1,6 +1,5 @@
 """Images, and frames of a sequence in a folder: the kind of asset that is one picture, of any size."""
 
-import os
 import tempfile
 import threading
 import time
@@ -28,16 +27,17 @@ from pipelines.quality import Thresholds, judge
 from pipelines.rasters import open_file
 from pipelines.scenes import Scene, SceneSettings, open_scene
 from pipelines.sheets import Sheet
+from pipelines.sidecars import uncertainty_key
 
 DECODED_BYTES = 10  # per px: 4 of Pillow's, 3 of numpy's, 3 of a copy
-SHEET_BYTES = 2 * 64 * 2**20  # of sheets that are not on disk
+SHEET_BYTES = 128 * 2**20  # of the sheets of an image that are not on disk
 BAND_BYTES = 16 * 2**20  # of the published rows that are measured at once
-UNCERTAINTY_STEPS = 256  # of a stored map, in one level of 255
+UNCERTAINTY_STEPS = 256  # of a stored map (16-bit grey), in one level of 255
 
 
 @dataclass(frozen=True, kw_only=True)
 class StillSettings:
-    """What decides a still's bytes beside the model and how it is sampled; part of the recipe, but for max_seconds.
+    """What decides a still's bytes beside the model and how it is sampled, and what becomes of it.
 
     noise: keyed by the `content` of each image, or by its `folder`: then the frames of a sequence share one field, and
     what does not move in them does not flicker. max_seconds: for decoding one.
@@ -125,6 +125,7 @@ class Still:
         self.noise = original.digest if kind.settings.noise == "content" else f"folder {folder}"
         self.seconds = {"decode_s": decode_s, "encode_s": 0.0}
         self._stack = ExitStack()
+        self._spool_bytes = SHEET_BYTES
         self._stack.enter_context(scene)
         self._sheets: list[Sheet] = []
         self._alpha: Sheet | None = None
@@ -147,8 +148,11 @@ class Still:
         encoders.check_fits(self.format, height=height, width=width, channels=scene.channels, dtype=scene.dtype,
                             has_alpha=scene.has_alpha)  # fmt: skip
         self._scale = scale
+        recipe = upscaler.recipe
+        num_sheets = recipe.num_samples if recipe.choice == "best" else 1
+        self._spool_bytes = SHEET_BYTES // (num_sheets + 2)  # alpha and map
         if scene.has_alpha:
-            self._alpha = self._stack.enter_context(Sheet(height, width, 1, scene.dtype))
+            self._alpha = self._sheet(1, scene.dtype)
         return upscaler.windows(scene.height, scene.width)
 
     def read(self, window: Window) -> Pixels:
@@ -163,14 +167,13 @@ class Still:
         rows, columns = (slice(s.start * scale, s.stop * scale) for s in window.inner)
         with self._lock:
             while len(self._sheets) < len(drawn.samples):
-                self._sheets.append(self._stack.enter_context(self._sheet(drawn.samples[0])))
+                self._sheets.append(self._sheet(drawn.samples[0].shape[2], drawn.samples[0].dtype))
             for sheet, pixels in zip(self._sheets, drawn.samples, strict=True):
                 sheet.write(y, x, pixels)
             self._errors[window] = drawn.errors
             if drawn.uncertainty is not None:
                 if self._uncertainty is None:
-                    map_sheet = Sheet(scene.height * scale, scene.width * scale, 1, np.dtype(np.uint16))
-                    self._uncertainty = self._stack.enter_context(map_sheet)
+                    self._uncertainty = self._sheet(1, np.uint16)
                 steps = np.rint(drawn.uncertainty * UNCERTAINTY_STEPS).clip(0, 65535).astype(np.uint16)
                 self._uncertainty.write(y, x, steps[:, :, None])
                 self._deviation[window] = float(drawn.uncertainty.sum(dtype=np.float64))
@@ -183,14 +186,13 @@ class Still:
     def finish(self, upscaler: Upscaler) -> Result:
         """See kinds.Asset. The files live as long as the asset is open."""
         settings, scene = self.kind.settings, self.scene
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="diffsr-"))
-        path = os.path.join(folder, "image")
+        path = self._nameless()
         method = "diffusion" if upscaler.model.denoiser is not None else "regression"
         sheet, notes = self._sheets[self._best()], list[str]()
         metrics = self._encoded(path, sheet, method, notes)
         verdict, message = judge(metrics, settings.thresholds)
         if verdict == "rejected":
-            method, notes = "bicubic", []
+            method, notes, self._uncertainty = "bicubic", [], None  # the map is that of what is rejected
             for window in upscaler.windows(scene.height, scene.width):
                 y, x = window.core_top * self._scale, window.core_left * self._scale
                 sheet.write(y, x, upscaler.fallback(self.read(window), window))
@@ -202,10 +204,10 @@ class Still:
         }
         files, output = dict[str, str](), {"height": scene.height * scale, "width": scene.width * scale}
         if self._uncertainty is not None:
-            files[uncertainty_key(self.out_key)] = os.path.join(folder, "uncertainty")
+            files[uncertainty_key(self.out_key)] = self._nameless()
             with self._timed("encode_s"):
                 # Marked as ours like the image: an output that becomes a source holds it, too.
-                xmp = self._xmp("uncertainty", None, source_type=metadata.TRAINED_COMPOSITE, limit_bytes=2**16)
+                xmp = self._xmp("uncertainty", None, limit_bytes=2**16)
                 encoders.encode(files[uncertainty_key(self.out_key)], self._uncertainty, None, format="PNG",
                                 quality=settings.quality, icc=None, exif=None, xmp=xmp)  # fmt: skip
             total = sum(self._deviation[window] for window in sorted(self._deviation))
@@ -224,9 +226,13 @@ class Still:
             notes=notes,
         )
 
-    def _sheet(self, like: Pixels) -> Sheet:
-        scale = self._scale
-        return Sheet(self.scene.height * scale, self.scene.width * scale, like.shape[2], like.dtype)
+    def _nameless(self) -> str:
+        """Return the path of a file that lives as long as the asset is open: who is killed leaves nothing behind."""
+        return f"/dev/fd/{self._stack.enter_context(tempfile.TemporaryFile(prefix='diffsr-')).fileno()}"
+
+    def _sheet(self, channels: int, dtype: object) -> Sheet:
+        height, width = self.scene.height * self._scale, self.scene.width * self._scale
+        return self._stack.enter_context(Sheet(height, width, channels, dtype, spool_bytes=self._spool_bytes))
 
     def _best(self) -> int:
         """Return the sample whose error, over all windows, is the least; the first of one."""
@@ -245,16 +251,21 @@ class Still:
             notes.append("its EXIF is damaged, or too large for the format, and was left out")
         if scene.profile and scene.icc is None:
             notes.append("its colour profile does not describe these channels, and was left out")
-        xmp = self._xmp(method, scene.xmp, source_type=_source_type(method), limit_bytes=room)
+        if scene.other_words:
+            notes.append(f"{', '.join(scene.other_words)}: left out, only EXIF, XMP and the profile are kept")
+        xmp = self._xmp(method, scene.xmp, limit_bytes=room)
+        if scene.xmp and xmp == self._xmp(method, None, limit_bytes=room):
+            notes.append("its XMP is damaged, or too large for the format, or said nothing, and was replaced")
         with self._timed("encode_s"):
             encoders.encode(path, sheet, self._alpha, format=self.format, quality=self.kind.settings.quality,
                             icc=scene.icc, exif=exif, xmp=xmp)  # fmt: skip
             return self._measured(path)
 
-    def _xmp(self, method: str, xmp: bytes | None, *, source_type: str, limit_bytes: int) -> bytes:
-        """Return the source's XMP, extended by what made this file."""
+    def _xmp(self, method: str, xmp: bytes | None, *, limit_bytes: int) -> bytes:
+        """Return a packet, extended by what made this file."""
         names = {"model": self.kind.model, "recipe": self.kind.recipe, "software": f"DiffSR {version()}"}
-        return metadata.output_xmp(xmp, source_type=source_type, method=method, limit_bytes=limit_bytes, **names)
+        made_by = {"source_type": _source_type(method), "method": method}
+        return metadata.output_xmp(xmp, limit_bytes=limit_bytes, **made_by, **names)
 
     def _measured(self, path: str) -> dict[str, float]:
         """Return lr_psnr and colour_drift of the written file, decoded and read row by row."""
@@ -292,9 +303,5 @@ def check_channels(upscaler: Upscaler, channels: int) -> None:
 
 def _source_type(method: str) -> str:
     """Return IPTC's word for how a result was made: a diffusion model adds what was not there."""
-    return metadata.TRAINED_COMPOSITE if method == "diffusion" else metadata.ALGORITHMICALLY_ENHANCED
-
-
-def uncertainty_key(out_key: str) -> str:
-    """Return the key of a result's uncertainty map: 16-bit grey, UNCERTAINTY_STEPS to a level of 255."""
-    return f"{out_key}.uncertainty.png"
+    drawn = method in ("diffusion", "uncertainty")
+    return metadata.TRAINED_COMPOSITE if drawn else metadata.ALGORITHMICALLY_ENHANCED

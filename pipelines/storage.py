@@ -33,9 +33,9 @@ from pipelines.transfers import create_s3 as _create_s3
 
 __all__ = [
     "CREATE_BYTES", "OWN_FOLDER", "Changed", "StoredObject", "TransientError", "Uri", "absolute", "content_etag",
-    "create", "create_file", "delete", "digest_bytes", "exists", "honours_create", "is_local", "join", "list_names",
-    "list_objects", "look_up", "open_file", "open_filesystem", "publish", "publish_file", "read_bytes", "read_listed",
-    "size", "stream_listed", "sweep",
+    "create", "create_file", "delete", "digest_bytes", "exists", "honours_create", "is_folder", "is_local", "join",
+    "list_names", "list_objects", "look_up", "open_file", "open_filesystem", "publish", "publish_file", "read_bytes",
+    "read_listed", "size", "stream_listed", "sweep",
 ]  # fmt: skip
 
 CREATE_BYTES = PART_BYTES  # of the largest object that a store creates only where there is nothing
@@ -112,6 +112,16 @@ def size(uri: Uri) -> int | None:
 def exists(uri: Uri) -> bool:
     """Return whether there is an object (a folder is none)."""
     return size(uri) is not None
+
+
+def is_folder(uri: Uri) -> bool:
+    """Return whether there is a folder, or on an object store anything below this prefix."""
+    filesystem, path = open_filesystem(uri)
+    return (
+        os.path.isdir(path)
+        if isinstance(filesystem, LocalFileSystem)
+        else bool(retries.call(partial(filesystem.isdir, path), path))
+    )
 
 
 def delete(uri: Uri) -> None:

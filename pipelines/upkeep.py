@@ -9,10 +9,11 @@ from pipelines import storage
 from pipelines.config import check
 from pipelines.engine import say
 from pipelines.findings import SHOWN, Findings, Repairs
-from pipelines.inventory import UNCERTAINTY, each, list_leftovers, list_sizes, proven, sidecar_of
+from pipelines.inventory import each, list_leftovers, list_sizes, proven, sidecar_of
 from pipelines.lease import Lease
 from pipelines.ledger import GONE, Ledger, Receipt, open_plans
 from pipelines.runs import Summary, new_run_id
+from pipelines.sidecars import UNCERTAINTY
 from pipelines.standing import status as status
 from pipelines.verification import verify as verify
 
@@ -22,7 +23,7 @@ CLAIM = ("key", "etag", "size", "recipe", "model", "status", "reason", "out_key"
 def gc(output: str, *, delete: bool, source_keys: pa.ChunkedArray | None = None) -> Summary:
     """List, or delete, what is of no use: only what our receipts name or our sidecars prove to be ours.
 
-    Superseded: named by an earlier receipt and by no current one. Gone: the result of a source that is not among
+    Superseded: named by an earlier receipt, and replaced by a later result. Gone: of a source that is not among
     source_keys (all of them, None: not asked); on delete it gets a receipt of that. Orphans: with a valid sidecar,
     named by no receipt. Temporary: half-written files, trails and markers of dead runs.
 
@@ -36,7 +37,8 @@ def gc(output: str, *, delete: bool, source_keys: pa.ChunkedArray | None = None)
         ledger, present = Ledger(output), list_sizes(output)
         latest = ledger.latest(CLAIM)
         gone = _gone(latest, source_keys)
-        kept = latest.filter(pc.and_(pc.equal(latest["status"], "done"), pc.invert(_in(latest["key"], gone["key"]))))
+        kept = pa.concat_tables([latest.filter(pc.equal(latest["status"], "done")), _only_results(ledger, latest)])
+        kept = kept.filter(pc.invert(_in(kept["key"], gone["key"])))
         loose = present.filter(pc.invert(_in(present["key"], _objects(kept["out_key"], UNCERTAINTY))))["key"]
         found = _superseded(output, loose, ledger.rows(["out_key"])["out_key"])
         kinds = dict.fromkeys(found, "superseded")
@@ -97,6 +99,18 @@ def _gone(latest: pa.Table, source_keys: pa.ChunkedArray | None) -> pa.Table:
     check(gone.num_rows < known.num_rows or not known.num_rows, "source", f"none of {known.num_rows} known keys",
           "must hold some of what was upscaled", "correct --source")  # fmt: skip
     return gone
+
+
+def _only_results(ledger: Ledger, latest: pa.Table) -> pa.Table:
+    """Return the last results of sources that are dead letters by now: rotten since, or failed by a newer model.
+
+    They are the only ones there are: a dead letter supersedes nothing.
+    """
+    dead = latest.filter(pc.equal(latest["status"], "dead"))
+    rows = ledger.rows(CLAIM)
+    done = rows.filter(pc.and_(pc.equal(rows["status"], "done"), _in(rows["key"], dead["key"])))
+    last = done.group_by("key").aggregate([("order", "max")])["order_max"]
+    return done.filter(pc.is_in(done["order"], value_set=last)).select(latest.column_names)
 
 
 def _superseded(output: str, loose: pa.ChunkedArray, history: pa.ChunkedArray) -> list[str]:

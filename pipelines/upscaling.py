@@ -5,6 +5,7 @@ import time
 from functools import partial
 from typing import Any
 
+import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from diffsr_core.checkpoint import model_from_files
@@ -65,6 +66,7 @@ def _work(config: UpscaleConfig, model: ResolvedModel, *, retry_dead: bool) -> W
         unit_bytes=int(config.unit_megabytes * 2**20),
         max_dead_share=config.max_dead_share,
         retry_dead=retry_dead,
+        only_failed=retry_dead,
         limit=config.limit,
         include=config.include,
         exclude=config.exclude,
@@ -80,7 +82,12 @@ def _plan(config: UpscaleConfig, work: Work, network: SuperResolver) -> Summary:
         found = megapixels_at(storage.join(source, row["key"])) if ".." not in row["key"].split("/") else None
         return None if found is None else found * scale**2
 
-    measure = partial(seconds_per_megapixel, network, config.sampling(), device=config.device)
+    def measure() -> float:
+        check(config.device == "cpu" or torch.cuda.is_available(), "use_gpu", config.use_gpu,
+              "cannot be measured here, which has none, and the ledger has too few results yet",
+              "run a night with --limit 10 first, or plan without it")  # fmt: skip
+        return seconds_per_megapixel(network, config.sampling(), device=config.device)
+
     found = forecast_night(
         ahead.rows,
         megapixels_of=output_megapixels,
@@ -88,8 +95,8 @@ def _plan(config: UpscaleConfig, work: Work, network: SuperResolver) -> Summary:
         num_workers=config.num_workers,
         device_hour_price=config.device_hour_price,
     )
-    why = ", ".join(f"{count:,} {reason}" for reason, count in ahead.counts.items() if count)
-    say(f"upscale: {ahead.todo:,} of {ahead.listed:,} assets are to do, {ahead.todo_bytes / 1e6:,.1f} MB ({why})")
+    megabytes = ahead.todo_bytes / 1e6
+    say(f"upscale: {ahead.todo:,} of {ahead.listed:,} assets are to do, {megabytes:,.1f} MB ({ahead.reasons})")
     say(f"upscale: {found.text}")
     metrics = {f"{reason}_assets": float(count) for reason, count in ahead.counts.items()}
     metrics |= {"source_bytes": float(ahead.todo_bytes), **found.metrics}
@@ -166,11 +173,11 @@ def _arguments(config: UpscaleConfig, model: ResolvedModel, *, fence: int) -> di
         "output": config.output,
         "fence": fence,
         "model_uri": publish_model(model, config.output),
-        "model_name": {"name": model.name, "version": model.version, "digest": model.digest},
+        "model": model.digest,
         "recipe": config.recipe(),
         "in_flight": config.batch_size or 0,
         "device": config.device,
-        "max_seconds": config.max_seconds,
+        "admission": config.admission(),
         "memory_share": 0.5 / config.num_workers,
     }
 

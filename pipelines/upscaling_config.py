@@ -36,7 +36,7 @@ class UpscaleConfig(SamplingConfig):
     """Format of the results; keep writes what came in (BMP, GIF, PPM and JPEG 2000 become PNG)."""
     quality: int = 95
     """Quality of JPEG, AVIF and lossy WebP results, 1 to 100; WebP of 100 is lossless."""
-    num_samples: int = 1
+    samples: int = 1
     """Samples drawn of each image; of more than one the deviation is written beside the result."""
     choice: Literal["first", "mean", "best"] = "first"
     """What of them is published: the first, their mean, or the one that keeps to the input most by itself."""
@@ -120,11 +120,15 @@ class UpscaleConfig(SamplingConfig):
 
     def sampling(self) -> SamplingRecipe:
         """Return the sampling recipe."""
-        return replace(super().sampling(), num_samples=self.num_samples, choice=self.choice)
+        return replace(super().sampling(), num_samples=self.samples, choice=self.choice)
 
     def recipe(self) -> dict[str, Any]:
-        """Return the settings that decide the bytes of the results, or what becomes of an input, beside the model."""
-        names = ("format", "quality", "noise", "first_page", "max_megapixels", "max_raster_megapixels",
-                 "skip_above_megapixels", "skip_upscaled")  # fmt: skip
-        still = {name: getattr(self, name) for name in names}
-        return {"sampling": asdict(self.sampling()), "still": {**still, "thresholds": asdict(self.thresholds())}}
+        """Return the settings that decide the results' bytes, beside the model: with others, all is made again."""
+        names = ("format", "quality", "noise", "reject_lr_psnr", "reject_colour_drift")
+        return {"sampling": asdict(self.sampling()), "still": {name: getattr(self, name) for name in names}}
+
+    def admission(self) -> dict[str, Any]:
+        """Return the settings that decide what becomes of an input, and no byte: what is done stays so with others."""
+        names = ("first_page", "max_megapixels", "max_raster_megapixels", "skip_above_megapixels", "skip_upscaled",
+                 "max_seconds", "review_lr_psnr", "review_colour_drift")  # fmt: skip
+        return {name: getattr(self, name) for name in names}

@@ -41,6 +41,7 @@ class Work:
     receipts and plans of other recipes are left alone and count for nothing here. Otherwise there is one result per
     key, and its latest receipt decides. max_gone_share: known sources that are listed no more get a receipt `gone`,
     unless they are more than this share: then the source is the wrong one, and nothing is done. None: they stay.
+    retry_dead: dead letters are work again; only_failed: they and what was skipped are, and nothing else.
     include, exclude: shell patterns, as in `selection`; what they leave out is as if it were not listed, but not gone.
     """
 
@@ -51,6 +52,7 @@ class Work:
     unit_bytes: int = 64 * 2**20
     max_dead_share: float = 0.2
     retry_dead: bool = False
+    only_failed: bool = False
     limit: int | None = None
     sets: bool = False
     max_gone_share: float | None = None
@@ -82,6 +84,11 @@ class Forecast:
     keys: pa.ChunkedArray
     present: pa.ChunkedArray
 
+    @property
+    def reasons(self) -> str:
+        """Such as "5 new, 2 changed, 90 unchanged": of all that is listed."""
+        return ", ".join(f"{count:,} {why}" for why, count in self.counts.items() if count)
+
 
 @dataclass(kw_only=True)
 class Outcome:
@@ -109,10 +116,13 @@ def forecast(work: Work, *, fence: int | None = None) -> Forecast:
     source = work.listing()
     listing = select(source, include=work.include, exclude=work.exclude)
     settings = {"recipe": work.recipe, "model": work.model}
-    found = accounted(listing, work.latest(), **settings, retry_dead=work.retry_dead, fence=fence)
+    found = accounted(listing, work.latest(), **settings, retry_dead=work.retry_dead, fence=fence,
+                      retry_skipped=work.only_failed)  # fmt: skip
     sums = pa.table({"why": found["why"], "size": listing["size"]}).group_by("why")
     by = {row["why"]: row for row in sums.aggregate([("size", "sum"), ("size", "count")]).to_pylist()}
     rows = listing.append_column("attempts", found["attempts"]).filter(pc.invert(found["known"]))
+    if work.only_failed:
+        rows = rows.filter(pc.equal(found.filter(pc.invert(found["known"]))["why"], "retried"))
     if work.limit is not None:
         rows = rows.slice(0, work.limit)
     before = found["known"] if fence is None else pc.and_(found["known"], pc.not_equal(found["fence"], fence))
@@ -202,11 +212,13 @@ def run(
     if ahead.todo:
         units = pack(ahead.rows, recipe=work.recipe, model=work.model, unit_bytes=work.unit_bytes)
         plan = save_plan(ledger, units, recipe=work.recipe, model=work.model, fence=lease.fence)
-        say(f"{label}: {ahead.todo} new or changed of {ahead.listed} assets, in {plan.num_units} units")
+        say(f"{label}: {ahead.todo} of {ahead.listed} assets in {plan.num_units} units; {ahead.reasons}")
         if not execute(plan, list(range(plan.num_units))):
             storage.delete(plan.uri)
     elif not ahead.listed:
         say(f"{label}: the source holds no object with the name of an image")
+    elif work.only_failed:
+        say(f"{label}: nothing to do, no dead letter or skipped asset is of these settings and this model")
     elif work.limit is None:
         say(f"{label}: nothing to do, all {ahead.listed} assets are accounted for")
     _check_ledger(outcome, work, ahead.keys)

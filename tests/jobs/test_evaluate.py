@@ -14,7 +14,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from diffsr_core.degradation import Degradation
-from diffsr_core.upscaler import bicubic
+from diffsr_core.pixels import bicubic
 from pipelines import evaluation
 from pipelines.cli import run_job
 from pipelines.manifest import load_manifest

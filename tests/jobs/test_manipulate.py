@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from diffsr_core.metrics import lr_psnr
-from diffsr_core.upscaler import SamplingRecipe, bicubic
+from diffsr_core.pixels import bicubic
+from diffsr_core.sampling import SamplingRecipe
 from pipelines.models import resolve
 from tests.core.tiny import MODELS
 from tests.jobs.conftest import Ran, tree

@@ -334,3 +334,16 @@ def test_an_inventory_follows_links_once_and_leaves_our_own_folder_out(tmp_path)
     table = inventory.list_sizes(str(tmp_path / "out"))
     assert table.to_pylist() == [{"key": k, "size": s} for k, s in (("a", 5), ("b/c", 7), ("link/d", 5))]
     assert inventory.list_leftovers(str(tmp_path / "out"))["key"].to_pylist() == [f".tmp-{'0a' * 8}"]
+
+
+def test_gc_keeps_the_only_result_of_a_source_that_has_rotted_or_that_a_newer_model_failed_on(archive):
+    archive.record(archive.put("kept.png"), archive.put("rotten.png", uncertainty=b"map"))
+    failed = {"model": "m2", "status": "dead", "stage": "upscale", "reason": "nan", "size": 7, "recipe": "r"}
+    archive.record(
+        Receipt(key="kept.png", etag="e1", **failed), Receipt(key="rotten.png", etag="another content", **failed)
+    )
+    before = archive.files()
+    assert gc(archive).inputs == 0 and archive.files() == before
+    archive.record(archive.put("other.png", b"by the new model", model="m2", source="kept.png"))
+    gc(archive)
+    assert set(before) - set(archive.files()) == {"kept.png", "kept.png.json"}
