@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
+from pipelines import storage
 from pipelines.attempts import Attempts
 from pipelines.ledger import Plan, Receipt
 from pipelines.stopping import Stop, is_marked, keep_handler, marked
@@ -104,13 +105,13 @@ def cluster(*, num_cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def do_unit(worker: Worker, plan: Plan, index: int) -> list[Receipt]:
-    """Return the receipts of one unit, its attempts on record while it runs."""
+def do_unit(worker: Worker, plan: Plan, index: int) -> tuple[list[Receipt], bool]:
+    """Return the receipts of one unit, and whether it killed a process before; attempts are on record while it runs."""
     rows = plan.unit(index)
     attempts = Attempts(plan.root, rows[0]["unit_id"])
     receipts = worker(rows, attempts)
     attempts.leave()
-    return receipts
+    return receipts, attempts.careful
 
 
 class UnitActor:
@@ -128,11 +129,11 @@ class UnitActor:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         self.stopped = self.stopped or is_marked(self.marker)  # once seen it is asked for no more
         if self.stopped:
-            return {"receipts": "[]", "actor": self.name, "begun": self.begun}
+            return {"receipts": "[]", "actor": self.name, "begun": self.begun, "died": False}
         self.begun += 1
-        receipts = do_unit(self.worker, self.plan, int(row["index"]))
+        receipts, died = do_unit(self.worker, self.plan, int(row["index"]))
         text = json.dumps([asdict(receipt) for receipt in receipts])
-        return {"receipts": text, "actor": self.name, "begun": self.begun}
+        return {"receipts": text, "actor": self.name, "begun": self.begun, "died": died}
 
 
 def run_units(
@@ -157,7 +158,7 @@ def run_units(
         for index in indices:
             if stop.reason:
                 return
-            yield do_unit(worker, plan, index)
+            yield do_unit(worker, plan, index)[0]
         return
     rows = [{"index": index} for index in indices]
     fields = {"make": make, "arguments": arguments, "plan_uri": plan.uri, "marker": marker}
@@ -166,15 +167,19 @@ def run_units(
     ended: Counter[str] = Counter()
     stopped: dict[str, int] = {}
     mapped = map_actors(rows, UnitActor, fields, num_workers=num_workers, use_gpu=use_gpu)
+    died = False
     with marked(stop, marker), closing(mapped):
         for row in mapped:
+            died = died or row["died"]
             if receipts := json.loads(row["receipts"]):
                 ended[row["actor"]] += 1
                 yield [Receipt(**receipt) for receipt in receipts]
             else:
                 stopped[row["actor"]] = row["begun"]
             if len(stopped) == min(num_workers, len(rows)) and all(ended[name] == stopped[name] for name in stopped):
-                return
+                break
+    if died:  # in the middle of a file, perhaps; no worker is left that could be at work on one
+        storage.sweep(plan.root.rpartition("/")[0])
 
 
 def map_actors(

@@ -50,7 +50,15 @@ def test_the_help_names_every_sampler_and_grid_under_its_own_heading(capsys, job
 def test_every_flag_reaches_the_recipe_and_the_defaults_are_the_recipes_own(job):
     assert cli.parse(job, JOBS[job]).sampling() == SamplingRecipe()
     flags = {"sampler": "dpmpp-2m", "grid": "karras", "steps": 5, "start_level": 0.5, "seed": 7, "consistency": "off"}
-    flags |= {"window": 256, "margin": 8, "tile": 32, "halo": 2, "micro_batch": 3, "num_threads": 2, "precision": "bf16"}
+    flags |= {
+        "window": 256,
+        "margin": 8,
+        "tile": 32,
+        "halo": 2,
+        "micro_batch": 3,
+        "num_threads": 2,
+        "precision": "bf16",
+    }
     assert list(flags) == SHARED
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     wanted = dataclasses.replace(SamplingRecipe(), num_steps=flags.pop("steps"), **flags)
@@ -71,7 +79,10 @@ def test_every_flag_reaches_the_recipe_and_the_defaults_are_the_recipes_own(job)
         ("--start-level=-0.1", "start_level (-0.1) must be from 0 to below 1"),
         ("--start-level nan", "start_level (nan) must be a finite number; write digits, like 0.5"),
         ("--seed=-1", "seed (-1) must be from 0 to 2**63 - 1; use 0"),
-        ("--consistency soft", "consistency ('soft') must be 'exact', 'interval', 'low-band' or 'off'; use one of these"),
+        (
+            "--consistency soft",
+            "consistency ('soft') must be 'exact', 'interval', 'low-band' or 'off'; use one of these",
+        ),
         ("--tile 0", "tile (0) must be at least 1; use 64"),
         ("--tile 16 --halo 8", "halo (8) must be from 0 to less than half the tile (16); use 7"),
         ("--halo=-1", "halo (-1) must be from 0 to less than half the tile (64); use 8"),

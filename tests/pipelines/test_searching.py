@@ -5,8 +5,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from diffsr_core.search import GridChoice
 from diffsr_core.sampling import SamplingRecipe
+from diffsr_core.search import GridChoice
 from pipelines import searching
 from pipelines.models import ResolvedModel
 from pipelines.scoring import METRICS, Dataset, Item
