@@ -41,20 +41,17 @@ PAGE = """# The upscale job against the bare network
 Printed by `{command}` on {date}. {cpu}, one core of it for each contender.
 
 {num} real images, reduced by 4 (bicubic) and upscaled by 4 again: {source:.2f} MP in, {output:.1f} MP out.
-{weights:.1f} M weights,
-{steps} steps (DDIM), tiles of {tile} with a halo of {halo} LR px, {micro} in a call, float32. Rounds: {rounds};
-seconds are medians.
+{weights:.1f} M weights, {steps} steps (DDIM), tiles of {tile} with a halo of {halo} LR px, {micro} in a call, float32.
+Rounds: {rounds}; seconds are medians.
 
 | contender | s | of it start | assets/s after start | output MP/s after start | of the bare loop |
 |---|---:|---:|---:|---:|---:|
 {rows}
 
 Start: the same command over one image; subtracted where it says "after start". The bare loop makes {calls:,} calls
-of the
-network, all full, with the tiles of all images side by side in memory, and nothing else. The job reads, decodes,
-makes the
-noise, projects, encodes, decodes and measures again, hashes, publishes with sidecars, keeps the ledger and writes the
-report; it fills its calls with the tiles of the images that are in flight.
+of the network, all full, with the tiles of all images side by side in memory, and nothing else. The job reads, decodes,
+makes the noise, projects, encodes, decodes and measures again, hashes, publishes with sidecars, keeps the ledger and
+writes the report; it fills its calls with the tiles of the images that are in flight.
 
 ## What others would spend on the same images
 
