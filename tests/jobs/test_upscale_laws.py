@@ -180,7 +180,8 @@ def test_four_workers_on_ray_one_of_which_is_killed_leave_the_bytes_of_a_plain_l
     flags = ["--source", source, "--output", output, "--model", model, "--no-track", *SAMPLING, *RECIPE]
     command = script("upscale", *flags, "--num-workers", 4, "--batch-size", 3, "--unit-megabytes", 0.02)
     with log.open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
+        # A session of its own: Ray kills the process group of a worker that died.
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
         deadline = time.monotonic() + 100
         while not any(output.glob("*/*.png")):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
