@@ -11,7 +11,6 @@ sizes, from which 10 million are extrapolated.
 import datetime
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from pipelines.lease import Lease
 from pipelines.ledger import Ledger, Receipt, pack, save_plan
 from pipelines.storage import digest_bytes, publish
 from pipelines.work import Work, forecast, run
+from tests.soak.watch import peak_bytes
 
 NUM_OBJECTS, NUM_NEW, NUM_SEGMENTS = 1_000_000, 1_000, 200
 NIGHT_SEGMENTS = 50  # as many as a ledger has on most nights: more than 64 are compacted
@@ -135,7 +135,7 @@ def measure(root: str, what: str) -> dict[str, float]:
         plan = save_plan(Ledger(f"{root}/plans"), units, recipe=work.recipe, model=work.model, fence=fence)
         result["units"] = plan.num_units
     result.setdefault("total_s", time.perf_counter() - started)
-    return {**result, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {**result, "peak_mib": peak_bytes(os.getpid()) / 2**20}
 
 
 def measured(root: str, what: str) -> dict[str, float]:

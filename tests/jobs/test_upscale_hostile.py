@@ -29,10 +29,11 @@ needs_rasterio = pytest.mark.skipif(find_spec("rasterio") is None, reason="the e
 FLAGS = ("--steps", 1, "--tile", 32, "--halo", 0, "--consistency", "off", "--format", "png")
 LIMITS = ("--max-megapixels", 0.02, "--max-raster-megapixels", 0.02, "--max-dead-share", 1)
 RUN = """
-import json, resource, sys
+import json, os, sys
 from pipelines.cli import run_job
+from tests.soak.watch import peak_bytes
 code = run_job("upscale", sys.argv[1:])
-print(json.dumps({"code": code, "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+print(json.dumps({"code": code, "peak_bytes": peak_bytes(os.getpid())}))
 """
 
 
@@ -75,7 +76,7 @@ def ran(folder: Path, stub: Path, expected: dict[str, hostile.Expected]) -> Nigh
     assert done.returncode == 0, done.stderr
     summary, end = map(json.loads, done.stdout.splitlines()[-2:])
     assert end["code"] == 0, done.stderr
-    return Night(folder, summary, end["peak_kib"] * 1024, receipts(folder / "out"), expected)
+    return Night(folder, summary, end["peak_bytes"], receipts(folder / "out"), expected)
 
 
 def assert_accounted(night: Night) -> None:

@@ -30,7 +30,10 @@ class Ran(NamedTuple):
 
 
 def peak_bytes(pid: int) -> int:
-    """Return the most memory that a living process has ever held (resident), 0 if it has gone."""
+    """Return the most memory that a living process has ever held (resident), 0 if it has gone.
+
+    The kernel's VmHWM, since `ru_maxrss` of a new process starts at the peak of the one that started it.
+    """
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
