@@ -25,15 +25,6 @@ STAGES = ("read", "decode", "device", "encode", "publish")  # each has its secon
 MEASURES = ("lr_psnr", "colour_drift", "uncertainty")
 
 
-@dataclass(frozen=True)
-class Compared:
-    """What was forecast and what came; ratio is actual / forecast, None where nothing was forecast."""
-
-    forecast: float
-    actual: float
-    ratio: float | None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Night:
     """All numbers of one run.
@@ -79,7 +70,6 @@ class Night:
     device_hour_price: float | None
     cost: float | None
     cost_held: float | None
-    forecast: dict[str, Compared]
     measures: dict[str, Distribution]
     inputs_digest: str
     recipe: str
@@ -116,19 +106,13 @@ def account(
     recipe: str,
     model: Mapping[str, Any],
     settings: Mapping[str, Any],
-    forecast: Mapping[str, float] | None = None,
 ) -> Night:
-    """Return the account of the receipts of one run (RECEIPT_SCHEMA), in any order of keys, oldest first of each key.
-
-    forecast: expected values by the names of Night's numbers, such as device_s, cost, inputs, source_bytes. Raises
-    ValueError for a name that is none.
-    """
+    """Return the account of one run's receipts (RECEIPT_SCHEMA), in any order of keys, oldest first of each key."""
     rows = receipts.latest(rows)
     is_gone = pc.equal(rows["reason"], GONE)
     gone = receipts.count(is_gone)
     if gone:  # or a million rows would be copied
         rows = rows.filter(pc.invert(is_gone))
-    by_status = counts(rows["status"])
 
     def of(status: str, *columns: str) -> pa.Table:
         return rows.select(columns).filter(pc.equal(rows["status"], status))
@@ -140,83 +124,60 @@ def account(
     stage_s = {stage: total(rows, f"{stage}_s") for stage in STAGES}
     output_megapixels, held_s = total(done, "megapixels"), seconds * num_workers
     quick, slow = np.percentile(done["seconds"].to_numpy(), [50, 95]) if done.num_rows else (0.0, 0.0)
-    night = {
-        "run_id": run_id,
-        "source": source,
-        "output": output,
-        "inputs": rows.num_rows,
-        **{status: by_status.get(status, 0) for status in ("done", "skipped", "dead")},
-        "passed": done.num_rows - review - rejected,
-        "review": review,
-        "rejected": rejected,
-        "gone": gone,
-        "unchanged": unchanged,
-        "left": left,
-        "stopped": stopped,
-        "skipped_by": counts(skipped["reason"]),
-        "failures": receipts.failures(dead),
-        "source_bytes": int(pc.sum(done["size"]).as_py() or 0),
-        "output_bytes": int(pc.sum(done["out_bytes"]).as_py() or 0),
-        "source_megapixels": total(done, "source_megapixels"),
-        "output_megapixels": output_megapixels,
-        "seconds": seconds,
-        "num_workers": num_workers,
-        "assets_per_s": _ratio(done.num_rows, seconds),
-        "output_megapixels_per_s": _ratio(output_megapixels, seconds),
-        "device_s": stage_s["device"],
-        "device_busy": _ratio(stage_s["device"], held_s),
-        "stage_s": stage_s,
-        "stage_shares": {stage: _ratio(spent, sum(stage_s.values())) for stage, spent in stage_s.items()},
-        "seconds_p50": float(quick),
-        "seconds_p95": float(slow),
-        "device_hour_price": device_hour_price,
-        "cost": _cost(stage_s["device"], device_hour_price),
-        "cost_held": _cost(held_s, device_hour_price),
-        "measures": {
-            name: found for name in MEASURES if (found := receipts.distribution(metric(done, name))) is not None
-        },
-        "inputs_digest": receipts.digest(rows),
-        "recipe": recipe,
-        "model": {name: str(value) for name, value in model.items()},
-        "settings": dict(settings),
-    }
-    return Night(**night, forecast=_compared(forecast or {}, night))
+    return Night(
+        run_id=run_id,
+        source=source,
+        output=output,
+        inputs=rows.num_rows,
+        done=done.num_rows,
+        skipped=skipped.num_rows,
+        dead=dead.num_rows,
+        passed=done.num_rows - review - rejected,
+        review=review,
+        rejected=rejected,
+        gone=gone,
+        unchanged=unchanged,
+        left=left,
+        stopped=stopped,
+        skipped_by=counts(skipped["reason"]),
+        failures=receipts.failures(dead),
+        source_bytes=int(pc.sum(done["size"]).as_py() or 0),
+        output_bytes=int(pc.sum(done["out_bytes"]).as_py() or 0),
+        source_megapixels=total(done, "source_megapixels"),
+        output_megapixels=output_megapixels,
+        seconds=seconds,
+        num_workers=num_workers,
+        assets_per_s=_ratio(done.num_rows, seconds),
+        output_megapixels_per_s=_ratio(output_megapixels, seconds),
+        device_s=stage_s["device"],
+        device_busy=_ratio(stage_s["device"], held_s),
+        stage_s=stage_s,
+        stage_shares={stage: _ratio(spent, sum(stage_s.values())) for stage, spent in stage_s.items()},
+        seconds_p50=float(quick),
+        seconds_p95=float(slow),
+        device_hour_price=device_hour_price,
+        cost=_cost(stage_s["device"], device_hour_price),
+        cost_held=_cost(held_s, device_hour_price),
+        measures={name: found for name in MEASURES if (found := receipts.distribution(metric(done, name))) is not None},
+        inputs_digest=receipts.digest(rows),
+        recipe=recipe,
+        model={name: str(value) for name, value in model.items()},
+        settings=dict(settings),
+    )
 
 
-def publish_night(
-    output: str,
-    *,
-    run_id: str,
-    source: str,
-    rows: pa.Table,
-    unchanged: int,
-    stopped: str,
-    left: int,
-    seconds: float,
-    num_workers: int,
-    device_hour_price: float | None,
-    recipe: str,
-    model: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    forecast: Mapping[str, float] | None = None,
-) -> Night:
-    """Return the night of a run, as `account`, and write its report below `output`; nothing where it had no inputs.
+def publish_night(night: Night, rows: pa.Table) -> None:
+    """Write the report of a night below its output; nothing where it had no inputs. rows: those of its account.
 
     summary.json is written last: where it is, the report is whole. Raises OSError for a store that takes nothing.
     """
-    night = account(
-        rows, run_id=run_id, source=source, output=output, unchanged=unchanged, stopped=stopped, left=left,
-        seconds=seconds, num_workers=num_workers, device_hour_price=device_hour_price, recipe=recipe, model=model,
-        settings=settings, forecast=forecast,
-    )  # fmt: skip
     if not night.inputs:
-        return night
+        return
     rows = receipts.latest(rows)
     publish_dead_letters(night.folder, rows)
-    page = write_night(night, draw_groups(source, output, rows), receipts.attention(rows))
+    page = write_night(night, draw_groups(night.source, night.output, rows), receipts.attention(rows))
     storage.publish(storage.join(night.folder, "night.html"), page.encode())
     storage.publish(storage.join(night.folder, "summary.json"), to_json(night).encode())
-    return night
 
 
 def track_night(night: Night) -> str | None:
@@ -262,18 +223,6 @@ def one_line(night: Night) -> str:
 def to_json(night: Night) -> str:
     """Return the night as JSON."""
     return json.dumps(asdict(night), indent=1, allow_nan=False)
-
-
-def _compared(forecast: Mapping[str, float], night: Mapping[str, Any]) -> dict[str, Compared]:
-    found = {}
-    for name, expected in forecast.items():
-        actual = night.get(name, "")
-        if name in ("cost", "cost_held") and actual is None:  # forecast with a price, done without one
-            continue
-        if type(actual) not in (int, float):
-            raise ValueError(f"forecast ({name!r}) must be a number of a night; use such as device_s, cost or inputs")
-        found[name] = Compared(float(expected), float(actual), float(actual) / expected if expected else None)
-    return found
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -23,15 +23,6 @@ MEASURES = {  # unit, and the percentiles to show: those of the worse side
     "uncertainty": ("uncertainty", "levels of 255", ("mean", "p50", "p95", "p99", "max")),
 }
 STAGE_LABELS = {"read": "reading", "decode": "decoding", "device": "device", "encode": "encoding", "publish": "writing"}
-FORECASTS = {
-    "inputs": "assets",
-    "source_bytes": "bytes in",
-    "source_megapixels": "megapixels in",
-    "output_megapixels": "megapixels out",
-    "device_s": "device seconds",
-    "seconds": "seconds",
-    "cost": "cost",
-}
 
 
 def write_night(night: "Night", groups: Sequence[Group], attention: Sequence[Mapping[str, Any]]) -> str:
@@ -45,7 +36,6 @@ def write_night(night: "Night", groups: Sequence[Group], attention: Sequence[Map
         grades=[(name, *words, getattr(night, name)) for name, words in GRADES.items() if getattr(night, name)],
         measures=[(*MEASURES[name], found) for name, found in night.measures.items()],
         stages=[(STAGE_LABELS[name], night.stage_s[name], part) for name, part in night.stage_shares.items()],
-        forecast=[(FORECASTS.get(name, name), found) for name, found in night.forecast.items()],
         most=max((failed.count for failed in night.failures), default=1),
         reasons=REASONS,
         groups=groups,

@@ -20,7 +20,7 @@ from pipelines.images import SUFFIXES
 from pipelines.lease import Lease
 from pipelines.ledger import Ledger, list_table
 from pipelines.models import ResolvedModel, publish_model, resolve
-from pipelines.night import Night, one_line, publish_night, track_night
+from pipelines.night import Night, account, one_line, publish_night, track_night
 from pipelines.probe import megapixels_at
 from pipelines.runs import Summary, check_tracking, new_run_id
 from pipelines.stopping import Stop
@@ -109,12 +109,13 @@ def _night(config: UpscaleConfig, work: Work, model: ResolvedModel) -> Summary:
     run_id, started = new_run_id("upscale"), time.monotonic()
     with Lease(config.output, run_id=run_id) as lease, Stop(max_hours=config.max_hours) as stop:
 
-        def account(outcome: Outcome) -> Night:
-            night = publish_night(
-                config.output,
+        def report(outcome: Outcome) -> Night:
+            rows = Ledger(config.output).of_run(run_id, fence=lease.fence)
+            night = account(
+                rows,
                 run_id=run_id,
                 source=str(config.source),
-                rows=Ledger(config.output).of_run(run_id, fence=lease.fence),
+                output=config.output,
                 unchanged=outcome.unchanged,
                 stopped=outcome.stopped,
                 left=outcome.left,
@@ -125,6 +126,7 @@ def _night(config: UpscaleConfig, work: Work, model: ResolvedModel) -> Summary:
                 model={"name": model.name or model.ref, "version": model.version or "", "digest": model.digest},
                 settings=config.recipe(),
             )
+            publish_night(night, rows)
             say(one_line(night))
             if config.track:
                 track_night(night)
@@ -145,12 +147,12 @@ def _night(config: UpscaleConfig, work: Work, model: ResolvedModel) -> Summary:
             )
         except BudgetExceeded as error:
             if error.outcome is not None and error.outcome.inputs:
-                account(error.outcome)
+                report(error.outcome)
             raise
         if not outcome.inputs:  # nothing is written, and the ledger is not read again
             night, outputs = None, [config.output]
         else:
-            night = account(outcome)
+            night = report(outcome)
             outputs = [config.output, storage.join(night.folder, "night.html")]
     metrics = {} if night is None else night.numbers()
     return Summary(

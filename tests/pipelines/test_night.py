@@ -124,7 +124,9 @@ def test_an_asset_that_was_lost_and_done_again_counts_once_and_a_source_that_is_
 
 
 def test_a_night_of_nothing_has_an_account_and_writes_nothing(tmp_path):
-    night = publish_night(str(tmp_path), source="s", rows=RECEIPT_SCHEMA.empty_table(), **GIVEN)
+    rows = RECEIPT_SCHEMA.empty_table()
+    night = account(rows, source="s", output=str(tmp_path), **GIVEN)
+    publish_night(night, rows)
     assert night.inputs == 0 and night.measures == {} and night.device_busy == 0 and json.loads(to_json(night))
     assert list(tmp_path.iterdir()) == [] and track_night(night) is None
     assert one_line(night) == "upscale: nothing to do, 7 assets unchanged"
@@ -137,21 +139,6 @@ def test_values_that_are_no_number_are_in_no_distribution_and_no_sum():
         night.measures["lr_psnr"].count == 1 and night.measures["lr_psnr"].mean == 40 and night.output_megapixels == 2
     )
     assert json.loads(to_json(night))["measures"]["lr_psnr"]["min"] == 40
-
-
-def test_a_forecast_is_compared_with_what_came_and_a_name_that_is_none_is_an_error():
-    rows = table([done("a", device_s=30.0)])
-    night = account(rows, source="s", output="o", forecast={"device_s": 20, "cost": 0.02, "dead": 0}, **GIVEN)
-    found = {name: (c.forecast, c.actual, c.ratio) for name, c in night.forecast.items()}
-    assert found == {
-        "device_s": (20, 30, 1.5),
-        "cost": (0.02, pytest.approx(0.03), pytest.approx(1.5)),
-        "dead": (0, 0, None),
-    }
-    free = GIVEN | {"device_hour_price": None}
-    assert account(rows, source="s", output="o", forecast={"cost": 0.02}, **free).forecast == {}
-    with pytest.raises(ValueError, match=r"forecast \('devices'\)"):
-        account(rows, source="s", output="o", forecast={"devices": 1}, **GIVEN)
 
 
 def test_the_line_tells_what_a_person_must_know_and_is_one_line():
@@ -192,7 +179,8 @@ def test_the_worst_two_hundred_are_listed_the_rejected_first():
 def test_the_report_is_three_files_and_the_same_receipts_give_the_same_bytes(tmp_path):
     rows = table([done("a"), dead("b", "decode", "corrupt", "odd"), dead("a2", "read", "missing")])
     for _ in range(2):
-        night = publish_night(str(tmp_path), source=str(tmp_path / "gone"), rows=rows, **GIVEN)
+        night = account(rows, source=str(tmp_path / "gone"), output=str(tmp_path), **GIVEN)
+        publish_night(night, rows)
         folder = tmp_path / "_diffsr/reports/upscale-1"
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         assert set(files) == {"summary.json", "night.html", "dead_letters.parquet"}
@@ -209,7 +197,7 @@ def hostile_night():
     rows += [skipped("s", HOSTILE), dead("b", "decode", "corrupt", HOSTILE[:400])]
     given = GIVEN | {"stopped": HOSTILE, "left": 2, "run_id": HOSTILE, "model": {HOSTILE: HOSTILE}, "recipe": HOSTILE}
     given |= {"settings": {HOSTILE: {HOSTILE: HOSTILE}}}
-    night = account(table(rows), source=HOSTILE, output=HOSTILE, forecast={"inputs": 1}, **given)
+    night = account(table(rows), source=HOSTILE, output=HOSTILE, **given)
     tiles = [Tile(label, b"") for label in ("LR", "bicubic", "SR")]
     strips = [Strip(HOSTILE, HOSTILE, {"seconds": 1.0}, tiles=tiles), Strip("m", "", {"seconds": 1.0}, message=HOSTILE)]
     return write_night(night, [Group("t", "n", strips, []), Group("t", "n", [], [HOSTILE])], attention(table(rows)))

@@ -10,7 +10,7 @@ from nights import GIVEN, dead, done, table
 
 from pipelines import tracking
 from pipelines.mlflow_store import connect
-from pipelines.night import publish_night, track_night
+from pipelines.night import account, publish_night, track_night
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,9 @@ def client(store, monkeypatch):
 def night(output: Path, *, etag="e", **changes):
     rows = [done("a", etag=etag, lr_psnr=50.0, device_s=60.0, megapixels=2.0), done("b", reason="review", lr_psnr=30.0)]
     rows += [dead("c", "decode", "corrupt", "odd"), dead("d", "st age:", "ré:ason")]
-    return publish_night(str(output), source=str(output / "in"), rows=table(rows), **GIVEN | changes)
+    night = account(table(rows), source=str(output / "in"), output=str(output), **GIVEN | changes)
+    publish_night(night, table(rows))
+    return night
 
 
 def artifact(run_id: str, name: str) -> bytes:
