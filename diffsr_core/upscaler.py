@@ -28,7 +28,7 @@ class NotFiniteError(ArithmeticError):
 
 
 class Upscaled(NamedTuple):
-    """SR pixels, the regression network's own where there is one, both (H, W, C) in the type of the LR and projected
+    """SR pixels, the regression network's own where asked for, both (H, W, C) in the type of the LR and projected
     alike, and where more than one sample was drawn their standard deviation over K, (H, W) float32 in levels of 255."""
 
     sr: Pixels
@@ -39,7 +39,7 @@ class Upscaled(NamedTuple):
 class Drawn(NamedTuple):
     """What a window gives, of its core only. samples: those that may be published, (h, w, C) each: one, or all K where
     the best is chosen, which only the whole image can tell. errors: squared error of each to the LR, before the
-    projection, summed over the core. seconds: of network calls."""
+    projection, summed over the core; 0 unless the best is chosen. seconds: of network calls."""
 
     samples: list[Pixels]
     errors: list[float]
@@ -64,17 +64,25 @@ class Upscaler:
     """A model and a recipe. Calling it is a pure function of the LR pixels and the digest.
 
     Any number of threads may use one: their tiles share network calls. in_flight: windows that a call of the object
-    works on at once; like the threads, it changes the speed and the memory, never the bytes.
+    works on at once; like the threads, it changes the speed and the memory, never the bytes. regression: whether its
+    image is given too, which costs one more projection.
     """
 
     def __init__(
-        self, model: SuperResolver, recipe: SamplingRecipe, *, device: str = "cpu", in_flight: int = 1
+        self,
+        model: SuperResolver,
+        recipe: SamplingRecipe,
+        *,
+        device: str = "cpu",
+        in_flight: int = 1,
+        regression: bool = True,
     ) -> None:
         recipe.check_fits(model.config)
         self.model = prepared(model, precision=recipe.precision, device=device)
         self.recipe = recipe
         self.device = device
         self.in_flight = in_flight
+        self.gives_regression = regression and model.config.encoder.regresses
         self.exchange = Exchange({"encode": self._encode, "denoise": self._predict}, size=recipe.micro_batch)
         if model.denoiser is not None:
             self.grid = self.grid_from(recipe.start_level)
@@ -114,14 +122,14 @@ class Upscaler:
             def core(image: Tensor) -> Any:
                 return np.ascontiguousarray(self.publishable(image, canvas)[rows, columns])
 
-            regresses, errors, samples = self.model.config.encoder.regresses, list[float](), list[Any]()
+            errors, samples = list[float](), list[Any]()
             if self.model.denoiser is None:
                 only = core(canvas.regression)
                 return Drawn([only], [0.0], only, None, canvas.member.seconds)
             mean, square = np.float32(0), np.float32(0)
             for index in range(recipe.num_samples):
                 image = self._sampled(canvas, recipe.sample_index + index)
-                errors.append(self._error(image, canvas, window))
+                errors.append(self._error(image, canvas, window) if recipe.choice == "best" else 0.0)
                 pixels_of_it = core(image)
                 if index == 0 or recipe.choice == "best":
                     samples.append(pixels_of_it)
@@ -136,7 +144,7 @@ class Upscaler:
                 deviation = np.sqrt(variance) * np.float32(255 / canvas.white)
             if recipe.choice == "mean":
                 samples = [np.rint(mean).astype(samples[0].dtype)]
-            regression = core(canvas.regression) if regresses else None
+            regression = core(canvas.regression) if self.gives_regression else None
             return Drawn(samples, errors, regression, deviation, canvas.member.seconds)
 
     def drawn(self, canvas: Canvas, sample_index: int) -> Any:

@@ -62,7 +62,7 @@ class UpscaleWorker:
         memory_share: float = 0.5,
     ) -> None:
         network, _ = model_from_files(load_files(model_uri))
-        self.upscaler = Upscaler(network, SamplingRecipe(**recipe["sampling"]), device=device)
+        self.upscaler = Upscaler(network, SamplingRecipe(**recipe["sampling"]), device=device, regression=False)
         self.corpus, self.output, self.fence = Corpus(source=source), output, Fence(output, fence)
         self.model, self.recipe, self.fingerprint = model, recipe, fingerprint(recipe)
         still = recipe["still"] | admission

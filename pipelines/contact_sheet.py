@@ -279,7 +279,7 @@ def _in_colours(levels: np.ndarray) -> np.ndarray:
 def _png(pixels: np.ndarray) -> bytes:
     zoom = max(1, TILE_PX // max(pixels.shape[:2]))
     out = io.BytesIO()
-    Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1)).save(out, "PNG", compress_level=9)
+    Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1)).save(out, "PNG", compress_level=6)
     return out.getvalue()
 
 

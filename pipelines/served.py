@@ -21,7 +21,7 @@ class ServedUpscaler(PythonModel):
         model, document = load_model(Path(context.artifacts["model"]))
         self.digest = str(document["digest"])
         # One image at a time: the nightly job's batch of large windows would compute mostly padding.
-        self.upscaler = Upscaler(model, SamplingRecipe(tile=32, micro_batch=1))
+        self.upscaler = Upscaler(model, SamplingRecipe(tile=32, micro_batch=1), regression=False)
 
     def predict(self, context: Any, model_input: list[bytes], params: dict[str, Any] | None = None) -> list[bytes]:
         """Return each image upscaled, in its own format. Raises Refused (with a reason) for what is not an image."""
