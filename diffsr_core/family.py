@@ -11,7 +11,7 @@ an encoder without a condition makes it a plain DDPM.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -157,6 +157,16 @@ def amplitudes(noise_level: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     """Return (a, b), of the signal and of the noise, each (B, 1, 1, 1), for noise_level (B,)."""
     a = noise_level[:, None, None, None].to(dtype)
     return a, torch.sqrt((1 - a) * (1 + a))  # 1 - a * a loses 3 % of b^2 at SR3's cleanest level in float32
+
+
+def regression_of(model: "SuperResolver") -> "SuperResolver":
+    """Return the model's own regression as a model, its encoder shared. Raises ValueError where it has none."""
+    if not model.config.encoder.regresses:
+        raise ValueError(f"encoder ({model.config.encoder.kind}) must regress for that; use a model whose encoder does")
+    with torch.device("meta"):
+        twin = SuperResolver(replace(model.config, denoiser=None, anchor="regression"))
+    twin.encoder = model.encoder
+    return twin
 
 
 class SuperResolver(nn.Module):

@@ -40,3 +40,8 @@ def to_pixels(image: Tensor, dtype: npt.DTypeLike = np.uint8) -> Any:
 def bicubic(pixels: Pixels, scale: int) -> Any:
     """Return (H * scale, W * scale, C) in the type of the pixels: the flavour-C bicubic baseline."""
     return to_pixels(upscale(to_model_range(pixels).double(), scale), pixels.dtype)
+
+
+def lanczos(pixels: Pixels, scale: int) -> Any:
+    """Return (H * scale, W * scale, C) in the type of the pixels: the Lanczos baseline, of three lobes."""
+    return to_pixels(upscale(to_model_range(pixels).double(), scale, kernel="lanczos3"), pixels.dtype)

@@ -1,4 +1,4 @@
-"""Antialiased bicubic and bilinear resizing in the convention of MATLAB's imresize, and its adjoint.
+"""Antialiased bicubic, bilinear and Lanczos resizing in the convention of MATLAB's imresize, and its adjoint.
 
 Three flavours of "MATLAB bicubic" are in use. On tensors this is flavour C: float arithmetic throughout, a symmetric
 border, and rounding, if any, is the caller's; `imresize` has all three, on pixels. Each output value is a fixed
@@ -247,6 +247,8 @@ def _separable(x: Tensor, plans: tuple[_Plan, _Plan], *, rows_first: bool, trans
 def _pass(x: Tensor, plan: _Plan, transposed: bool = False) -> Tensor:
     if plan.is_identity:
         return x
+    if not (torch.is_grad_enabled() and x.requires_grad):  # autograd's own wrapping costs as much as a small image
+        return _Pass.forward(x, plan, transposed)
     passed: Tensor = _Pass.apply(x, plan, transposed)  # type: ignore[no-untyped-call]
     return passed
 

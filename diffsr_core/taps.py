@@ -10,17 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Kernel = Literal["bicubic", "bilinear"]
+Kernel = Literal["bicubic", "bilinear", "lanczos3"]
 Border = Literal["symmetric", "replicate"]
 
 # Width of each kernel before it is widened.
-_SUPPORT_PX: dict[str, int] = {"bicubic": 4, "bilinear": 2}
+_SUPPORT_PX: dict[str, int] = {"bicubic": 4, "bilinear": 2, "lanczos3": 6}
 
 
 def kernel_value(x: Tensor, kernel: Kernel) -> Tensor:
-    """Return the kernel at distance x, in source px: Keys' cubic with a = -0.5, or the triangle.
+    """Return the kernel at distance x, in source px: Keys' cubic with a = -0.5, the triangle, or Lanczos'
+    window of three lobes. Raises ValueError for another name.
 
-    Raises ValueError for another name. Source: R. Keys, "Cubic convolution interpolation", 1981, equation 15.
+    Source: R. Keys, "Cubic convolution interpolation", 1981, equation 15; C. Duchon, "Lanczos filtering", 1979.
     """
     d = x.abs()
     if kernel == "bicubic":
@@ -29,6 +30,8 @@ def kernel_value(x: Tensor, kernel: Kernel) -> Tensor:
         return torch.where(d <= 1, near, torch.where(d <= 2, far, torch.zeros_like(d)))
     if kernel == "bilinear":
         return (1.0 - d).clamp_min(0.0)
+    if kernel == "lanczos3":
+        return torch.where(d < 3, torch.sinc(d) * torch.sinc(d / 3), torch.zeros_like(d))
     raise ValueError(f"kernel is {kernel!r}: it must be one of {sorted(_SUPPORT_PX)}; choose one of them")
 
 
@@ -45,7 +48,8 @@ def resize_weights(
 
     scale: what places the outputs and, below 1, widens the kernel; out_size / in_size where it is None. MATLAB uses the
     scale that was given, even where rounding up out_size made the quotient another.
-    Each row of weights sums to 1 and keeps straight lines straight when it enlarges or shrinks by a whole number.
+    Each row of weights sums to 1, and but for lanczos3 keeps straight lines straight when it enlarges or shrinks by a
+    whole number.
     Indices beyond the border are mirrored (edge sample repeated), or clamped with "replicate". The tensors are shared
     between callers: do not write into them.
     Raises ValueError for a size below 1, a scale of 0 or less, or another kernel or border.

@@ -29,11 +29,13 @@ class NotFiniteError(ArithmeticError):
 
 class Upscaled(NamedTuple):
     """SR pixels, the regression network's own where asked for, both (H, W, C) in the type of the LR and projected
-    alike, and where more than one sample was drawn their standard deviation over K, (H, W) float32 in levels of 255."""
+    alike, of more than one sample the standard deviation, (H, W) float32 in levels of 255, and the seconds of network
+    calls."""
 
     sr: Pixels
     regression: Pixels | None
     uncertainty: npt.NDArray[np.float32] | None = None
+    seconds: float = 0.0
 
 
 class Drawn(NamedTuple):
@@ -257,7 +259,7 @@ class Upscaler:
         scale = self.model.config.scale
         height, width = pixels.shape[0] * scale, pixels.shape[1] * scale
         sheets: list[Any] = []
-        errors, regression, uncertainty = np.zeros(0), None, None
+        errors, seconds, regression, uncertainty = np.zeros(0), 0.0, None, None
         for window, part in zip(plan, parts, strict=True):
             if not sheets:
                 shape = (height, width, part.samples[0].shape[2])
@@ -270,11 +272,12 @@ class Upscaler:
             for sheet, made in zip(sheets, part.samples, strict=True):
                 sheet[rows, columns] = made
             errors += part.errors
+            seconds += part.seconds
             if regression is not None:
                 regression[rows, columns] = part.regression
             if uncertainty is not None:
                 uncertainty[rows, columns] = part.uncertainty
-        return Upscaled(sheets[int(errors.argmin()) if len(sheets) > 1 else 0], regression, uncertainty)
+        return Upscaled(sheets[int(errors.argmin()) if len(sheets) > 1 else 0], regression, uncertainty, seconds)
 
     def _padded(self, image: Tensor, lr_height: int, lr_width: int, *, scale: int) -> Tensor:
         """Return the image on a canvas of whole tiles and strides, its border repeated."""

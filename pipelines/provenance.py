@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def commit() -> str:
         return "unknown"
 
 
+@cache
 def version() -> str:
     """Return the installed version of diffsr; "unknown" where it runs from a folder that was not installed."""
     try:

@@ -373,3 +373,19 @@ def test_other_mistakes_are_refused_by_name() -> None:
         imresize(np.zeros((4, 4)), Fraction(1, 2))
     with pytest.raises(ValueError, match=r"pixels has shape \(4,\)"):
         downscale_pixels(np.zeros(4), 2)
+
+
+def test_lanczos_is_pillows_away_from_the_border() -> None:
+    x = image(1, 1, 40, 48)
+    for size in ((120, 144), (10, 12)):
+        ours = resize(x, size, kernel="lanczos3")[0, 0].numpy()
+        theirs = Image.fromarray(x[0, 0].numpy().astype(np.float32)).resize(size[::-1], Image.Resampling.LANCZOS)
+        margin = 12 if size[0] > 40 else 3  # Pillow leaves out what lies beyond the border, MATLAB mirrors it
+        inner = (slice(margin, -margin), slice(margin, -margin))
+        assert np.allclose(ours[inner], np.asarray(theirs)[inner], atol=2e-6)
+
+
+def test_lanczos_has_its_closed_form_values() -> None:
+    at = torch.tensor([0.0, 1.0, -2.0, 3.0, 3.5, 1.5], dtype=torch.float64)
+    middle = math.sin(1.5 * math.pi) / (1.5 * math.pi) * math.sin(0.5 * math.pi) / (0.5 * math.pi)
+    assert np.allclose(kernel_value(at, "lanczos3").numpy(), [1, 0, 0, 0, 0, middle], atol=1e-15)
