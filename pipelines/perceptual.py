@@ -15,6 +15,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file as load_tensors
 from torch import Tensor, nn
 
+from diffsr_core.distributions import Moments
 from diffsr_core.niqe import Pristine
 
 Backbone = Literal["alex", "vgg"]
@@ -61,8 +62,9 @@ def load_lpips(
     if net not in _LAYERS:
         raise ValueError(f"net is {net!r}: it must be one of {sorted(_LAYERS)}; the SR papers use alex")
     home = Path(folder or cache_folder())
-    found = _read_weights(Path(backbone or home / _BACKBONE_FILE[net]), _BACKBONE_URL + _BACKBONE_FILE[net])
-    lins = _read_weights(Path(heads or home / f"{net}.pth"), f"{_HEADS_URL}{net}.pth")
+    stack, lins_file = Path(backbone or home / _BACKBONE_FILE[net]), Path(heads or home / f"{net}.pth")
+    found = read_weights(stack, reader="LPIPS", url=_BACKBONE_URL + _BACKBONE_FILE[net])
+    lins = read_weights(lins_file, reader="LPIPS", url=f"{_HEADS_URL}{net}.pth")
     with torch.device("meta"):  # no memory and no draw from the global generator for weights that are replaced
         model = Lpips(net)
     wanted = model.state_dict()
@@ -122,6 +124,50 @@ def read_features(path: str | Path) -> np.ndarray:
     return features
 
 
+def read_reference(path: str | Path) -> Moments | np.ndarray:
+    """Return what FID compares with: moments, of an .npz with `mu` and `sigma` as pytorch-fid writes it, or features.
+
+    Raises ValueError as read_features does, and for moments whose shapes do not fit or that are not finite.
+    """
+    if Path(path).suffix != ".npz":
+        return read_features(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+        raise ValueError(
+            f"path is {str(path)!r}: an .npz must hold mu and sigma, as pytorch-fid's --save-stats writes them: {error}"
+        ) from error
+    if mean.ndim != 1 or covariance.shape != mean.shape * 2 or not np.isfinite(covariance).all():
+        raise ValueError(
+            f"path is {str(path)!r}: mu has shape {mean.shape} and sigma {covariance.shape}; they must be (D,) and "
+            "(D, D), and finite"
+        )
+    return Moments(mean, covariance)
+
+
+def read_weights(path: Path, *, reader: str, url: str) -> dict[str, Tensor]:
+    """Return the tensors of a .pth (read as tensors only) or .safetensors file; reader: who needs it, for the message.
+
+    Raises ValueError for a file that is missing or unreadable, or holds no state dict.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{reader} needs {path}, which is not there; nothing is downloaded: fetch {url} and put it there, or give "
+            "the path of your copy"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            # Copied out of the mapped file: where a weight lies in memory decides how its sums are rounded.
+            return {key: value.clone() for key, value in load_tensors(path).items()}
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no closed list of what bad bytes raise
+        raise ValueError(f"{path} could not be read as weights: {type(error).__name__}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}: it must be a state dict, as published at {url}")
+    return {key: value for key, value in found.items() if isinstance(value, Tensor)}
+
+
 class Lpips(nn.Module):
     """The learned perceptual distance (Zhang et al., "The unreasonable effectiveness of deep features", 2018).
 
@@ -172,21 +218,3 @@ class Lpips(nn.Module):
                 first, second = unit.chunk(2)
                 total = total + next(depths)((first - second).square()).mean(dim=(1, 2, 3))
         return total
-
-
-def _read_weights(path: Path, url: str) -> dict[str, Tensor]:
-    """Return the tensors of a .pth or .safetensors file."""
-    if not path.is_file():
-        raise ValueError(
-            f"LPIPS needs {path}, which is not there; nothing is downloaded: fetch {url} and put it there, or give the "
-            "path of your copy"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_tensors(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no closed list of what bad bytes raise
-        raise ValueError(f"{path} could not be read as weights: {type(error).__name__}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}: it must be a state dict, as published at {url}")
-    return {key: value for key, value in found.items() if isinstance(value, Tensor)}

@@ -3,11 +3,16 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from pipelines.classifiers import torchvision_models
 from tests import s3_server
+
+with suppress(ValueError):  # torchmetrics imports torchvision, which does not load by itself beside torch's CPU build
+    torchvision_models()
 
 
 @pytest.fixture(scope="session")
