@@ -1,8 +1,12 @@
-"""A model is a folder: config.json, model.safetensors, ema.safetensors and README.md (the card). No pickle anywhere."""
+"""A model is a folder: config.json, model.safetensors, ema.safetensors and README.md (the card). No pickle anywhere.
+
+A sampling.json beside them is the schedule that was found for the network, with its evidence: no part of the digest.
+"""
 
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from diffsr_core.family import DENOISERS, ENCODERS, ModelConfig, SuperResolver
+from diffsr_core.sampling import SamplingRecipe
 from diffsr_core.schedule import Schedule
 
 FORMAT = 2
 WEIGHTS, EMA, CONFIG, CARD = "model.safetensors", "ema.safetensors", "config.json", "README.md"
+SAMPLING = "sampling.json"
+SCHEDULE = {"sampler": str, "grid": str, "num_steps": int, "start_level": float}  # fields of a SamplingRecipe
+EVIDENCE = {"model": str, "data": str, "measure": str, "value": float, "interval": list, "device_s_per_mp": float}
 
 
 def model_files(
@@ -58,6 +66,37 @@ def load_model(folder: Path, *, ema: bool = True) -> tuple[SuperResolver, dict[s
     return model_from_files({name: (folder / name).read_bytes() for name in names}, ema=ema)
 
 
+def schedule_json(document: Mapping[str, Any]) -> bytes:
+    """Return sampling.json: the fields of SCHEDULE, and `evidence` with those of EVIDENCE. Raises ValueError.
+
+    evidence: the digests of the model and the data set, the measure, its mean and the ends of its interval, and the
+    seconds of network calls per output megapixel.
+    """
+    data = json.dumps(document, indent=1).encode()
+    schedule_from_files({SAMPLING: data})
+    return data
+
+
+def schedule_from_files(files: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """Return the document of sampling.json, None without one. Raises ValueError for one that is not as it was written.
+
+    Whether it is of this very network is for who knows the digest to compare, with evidence.model.
+    """
+    if SAMPLING not in files:
+        return None
+    try:
+        document = json.loads(files[SAMPLING])
+        _check_fields("schedule", document, {**SCHEDULE, "evidence": dict})
+        _check_fields("evidence", document["evidence"], EVIDENCE)
+        ends = document["evidence"]["interval"]
+        if len(ends) != 2 or not all(_is(float, end) for end in ends):
+            raise ValueError(f"interval ({ends}) must be two numbers")
+        SamplingRecipe(**{name: document[name] for name in SCHEDULE})
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{SAMPLING} is damaged: {error}; delete it, or search the schedule again") from error
+    return dict(document)
+
+
 def config_from_json(fields: Mapping[str, Any]) -> ModelConfig:
     """Return the ModelConfig that `dataclasses.asdict` and JSON made of it."""
     denoiser = fields["denoiser"]
@@ -94,6 +133,23 @@ def _document(data: bytes) -> dict[str, Any]:
         if key not in document:
             raise ValueError(f"{CONFIG} lacks {key}; copy the folder again, whole")
     return document
+
+
+def _check_fields(name: str, found: Any, wanted: Mapping[str, type]) -> None:
+    """Raise ValueError unless `found` is an object of exactly these fields, each of its type; numbers are finite."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} ({type(found).__name__}) must be an object")
+    if found.keys() != wanted.keys():
+        raise ValueError(f"{name} ({', '.join(sorted(found))}) must have the fields {', '.join(sorted(wanted))}")
+    for field, kind in wanted.items():
+        if not _is(kind, found[field]):
+            raise ValueError(f"{field} ({found[field]!r:.100}) must be of type {kind.__name__}")
+
+
+def _is(kind: type, value: Any) -> bool:
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind and value != ""
 
 
 def _pack(tensors: Mapping[str, Tensor]) -> bytes:

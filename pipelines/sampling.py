@@ -1,8 +1,10 @@
 """The sampling settings that evaluate, promote, upscale and manipulate share: their flags, checked once."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from diffsr_core.checkpoint import SCHEDULE
 from diffsr_core.consistency import Consistency
 from diffsr_core.sampling import SamplingRecipe
 from pipelines.config import check
@@ -10,16 +12,25 @@ from pipelines.config import check
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How a sample is drawn."""
+    """How a sample is drawn. What is left out of sampler, grid, steps and start_level is the model's own, or usual."""
 
-    sampler: str = field(default="ddim", metadata={"group": "sampling"})
-    """Solver of the reverse process: ddim, ddpm, sr3, dpmpp-2m, resshift or langevin."""
-    grid: str = "auto"
-    """Noise levels it visits: uniform, log_snr, karras, linear, resshift, or auto for the sampler's own."""
-    steps: int = 8
-    """Steps of that grid: network calls per image (langevin asks more)."""
-    start_level: float = 0.0
-    """0 starts from noise; above 0 from the model's regression noised to this level, which saves steps."""
+    sampler: str | None = field(default=None, metadata={"group": "sampling"})
+    """Solver of the reverse process: ddim, ddpm, sr3, dpmpp-2m, resshift or langevin.
+
+    Left out: that of the schedule stored with the model, else ddim.
+    """
+    grid: str | None = None
+    """Noise levels it visits: uniform, log_snr, karras, linear, resshift, or auto for the sampler's own.
+
+    Left out: those of the model's schedule, else auto.
+    """
+    steps: int | None = None
+    """Steps of that grid: network calls per image (langevin asks more). Left out: as the model's schedule, else 8."""
+    start_level: float | None = None
+    """0 starts from noise; above 0 from the model's regression noised to this level, which saves steps.
+
+    Left out: as the model's schedule, else 0.
+    """
     seed: int = 0
     """Noise seed."""
     consistency: Consistency = "exact"
@@ -40,7 +51,7 @@ class SamplingConfig:
     """Arithmetic of the network; bf16 is faster where the processor has it, and gives other bytes."""
 
     def __post_init__(self) -> None:
-        check(self.steps >= 1, "steps", self.steps, "must be at least 1", "use 4 to 100")
+        check(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1", "use 4 to 100")
         check(self.tile >= 1, "tile", self.tile, "must be at least 1", "use 64")
         most = (self.tile - 1) // 2
         check(0 <= self.halo <= most, "halo", self.halo, f"must be from 0 to less than half the tile ({self.tile})",
@@ -48,13 +59,13 @@ class SamplingConfig:
         check_seed(self.seed)
         self.sampling()
 
-    def sampling(self) -> SamplingRecipe:
-        """Return the sampling recipe."""
+    def sampling(self, own: Mapping[str, Any] | None = None) -> SamplingRecipe:
+        """Return the sampling recipe. own: the model's sampling.json; a setting that was given wins over it."""
+        given = {"sampler": self.sampler, "grid": self.grid, "num_steps": self.steps, "start_level": self.start_level}
+        schedule: dict[str, Any] = {name: own[name] for name in SCHEDULE} if own else {}
+        schedule |= {name: value for name, value in given.items() if value is not None}
         return SamplingRecipe(
-            sampler=self.sampler,
-            grid=self.grid,
-            num_steps=self.steps,
-            start_level=self.start_level,
+            **schedule,
             seed=self.seed,
             window=max(self.window, self.tile),
             margin=self.margin,

@@ -5,11 +5,21 @@ import json
 import pytest
 import torch
 
-from diffsr_core.checkpoint import CARD, CONFIG, EMA, WEIGHTS, model_files, save_files
+from diffsr_core.checkpoint import (
+    CARD,
+    CONFIG,
+    EMA,
+    SAMPLING,
+    WEIGHTS,
+    load_model,
+    model_files,
+    save_files,
+    schedule_json,
+)
 from diffsr_core.family import ModelConfig, SuperResolver
 from diffsr_core.networks.rrdb import RRDBConfig
 from pipelines import storage
-from pipelines.models import MODEL_FILES, load_files, publish_files, publish_model, resolve
+from pipelines.models import FOLDER_FILES, MODEL_FILES, load_files, publish_files, publish_model, resolve
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +132,95 @@ def test_only_the_files_of_a_model_are_copied(files, tmp_path):
     assert storage.list_names(uri) == sorted(MODEL_FILES) == sorted([CARD, CONFIG, EMA, WEIGHTS])
     (tmp_path / "copy" / "notes.pkl").write_bytes(b"code")
     assert set(load_files(uri)) == set(MODEL_FILES)
+    assert set(FOLDER_FILES) == {*MODEL_FILES, SAMPLING} and FOLDER_FILES[-1] == CONFIG
+
+
+# The schedule that was found for a network lies beside its weights.
+
+
+def schedule(files, **evidence):
+    found = {"model": json.loads(files[CONFIG])["digest"], "data": "d" * 64, "measure": "psnr_y", "value": 30.5,
+             "interval": [30, 31.0], "device_s_per_mp": 0.25}  # fmt: skip
+    return {"sampler": "dpmpp-2m", "grid": "karras", "num_steps": 5, "start_level": 0, "evidence": found | evidence}
+
+
+def test_a_schedule_is_resolved_and_the_network_keeps_its_digest(folder, files):
+    before = resolve(str(folder))
+    (folder / SAMPLING).write_bytes(schedule_json(schedule(files)))
+    after = resolve(str(folder))
+    assert before.sampling is None and after.sampling == schedule(files)
+    assert after.digest == before.digest and {**before.files, SAMPLING: schedule_json(schedule(files))} == after.files
+    assert load_model(folder)[1]["digest"] == before.digest
+
+
+def test_a_schedule_of_another_network_is_refused(folder, files):
+    (folder / SAMPLING).write_bytes(schedule_json(schedule(files, model="e" * 64)))
+    with pytest.raises(ValueError, match=rf"{folder}.*{SAMPLING} that was found for another network.*delete it"):
+        resolve(str(folder))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: b"",
+        lambda d: d[:-10],
+        lambda d: b"\xff" + d,
+        lambda d: b"null",
+        lambda d: b"[" * 100_000,
+        lambda d: json.dumps([json.loads(d)]).encode(),
+        lambda d: json.dumps({k: v for k, v in json.loads(d).items() if k != "grid"}).encode(),
+        lambda d: alter(d, colour="red"),
+        lambda d: alter(d, sampler="euler"),
+        lambda d: alter(d, sampler=["ddim"]),
+        lambda d: alter(d, grid="cosine"),
+        lambda d: alter(d, num_steps=0),
+        lambda d: alter(d, num_steps=4.0),
+        lambda d: alter(d, num_steps=True),
+        lambda d: alter(d, num_steps="4"),
+        lambda d: alter(d, start_level=1),
+        lambda d: alter(d, start_level=-0.5),
+        lambda d: alter(d, start_level=float("nan")),
+        lambda d: alter(d, start_level=None),
+        lambda d: alter(d, evidence=None),
+        lambda d: alter(d, evidence={}),
+        *(
+            lambda d, field=field: alter(d, evidence={**json.loads(d)["evidence"], **field})
+            for field in (
+                {"data": 7}, {"model": ""}, {"value": "30"}, {"value": float("inf")}, {"value": True}, {"more": 1},
+                {"interval": [1.0]}, {"interval": [1, "2"]}, {"interval": 1.0}, {"device_s_per_mp": None},
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_schedule_is_an_error_that_names_it_and_is_never_written(folder, files, change):
+    data = change(schedule_json(schedule(files)))
+    (folder / SAMPLING).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"(?s){folder}.*{SAMPLING} is damaged.*delete it"):
+        resolve(str(folder))
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    with pytest.raises(ValueError, match="is damaged"):
+        schedule_json(document)
+
+
+def test_a_copy_carries_the_schedule_and_follows_it(folder, files, tmp_path, monkeypatch):
+    output, publish, written = str(tmp_path / "out"), storage.publish, []
+    uri = publish_model(resolve(str(folder)), output)
+    monkeypatch.setattr(storage, "publish", lambda uri, data: (written.append(uri), publish(uri, data)))
+    for value in (30.5, 31.5):  # found, then found again: the digest says nothing of it
+        (folder / SAMPLING).write_bytes(schedule_json(schedule(files, value=value)))
+        model = resolve(str(folder))
+        assert publish_model(model, output) == uri and resolve(uri).sampling == model.sampling
+        assert publish_model(model, output) == uri and written == [storage.join(uri, SAMPLING)]
+        written.clear()
+    (folder / SAMPLING).unlink()
+    assert publish_model(resolve(str(folder)), output) == uri and load_files(uri) == files
+
+
+def test_a_network_that_replaces_another_does_not_keep_its_schedule(folder, files):
+    publish_files(str(folder), {**files, SAMPLING: schedule_json(schedule(files))})
+    assert resolve(str(folder)).sampling is not None
+    publish_files(str(folder), files)
+    assert load_files(str(folder)) == files

@@ -1,6 +1,7 @@
 """Laws of pipelines.sampling: four jobs share its flags, each is checked, and each reaches the recipe."""
 
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -10,6 +11,8 @@ from diffsr_core.sampler import SAMPLERS
 from diffsr_core.sampling import SamplingRecipe
 from diffsr_core.schedule import GRIDS
 from pipelines import cli
+from pipelines.config import fingerprint
+from pipelines.sampling import SamplingConfig
 
 JOBS = {
     "evaluate": ["--model", "a", "--dataset", "b", "--output", "c"],
@@ -63,6 +66,54 @@ def test_every_flag_reaches_the_recipe_and_the_defaults_are_the_recipes_own(job)
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     wanted = dataclasses.replace(SamplingRecipe(), num_steps=flags.pop("steps"), **flags)
     assert cli.parse(job, [*JOBS[job], *words]).sampling() == wanted
+
+
+OWN = {"sampler": "dpmpp-2m", "grid": "karras", "num_steps": 5, "start_level": 0.5, "evidence": {"measure": "psnr"}}
+GIVEN = {"sampler": "sr3", "grid": "linear", "steps": 50, "start_level": 0.0}  # the last one is falsy and given
+
+
+@pytest.mark.parametrize("given", [c for n in range(5) for c in itertools.combinations(GIVEN, n)])
+def test_a_flag_wins_over_the_models_own_schedule_and_that_over_the_usual(given):
+    chosen = {name: GIVEN[name] for name in given}
+    config, names = SamplingConfig(seed=3, **chosen), {"steps": "num_steps"}
+    fields = {names.get(name, name): value for name, value in chosen.items()}
+    own = {name: value for name, value in OWN.items() if name != "evidence"}
+    assert config.sampling(OWN) == dataclasses.replace(SamplingRecipe(seed=3), **{**own, **fields})
+    assert config.sampling() == config.sampling(None) == dataclasses.replace(SamplingRecipe(seed=3), **fields)
+
+
+@pytest.mark.parametrize("job", ["evaluate", "promote", "manipulate"])
+def test_what_is_left_out_on_the_command_line_and_in_yaml_is_the_models_own(job, tmp_path, capsys):
+    config = cli.parse(job, [*JOBS[job], "--grid", "uniform"])
+    assert (config.sampler, config.grid, config.steps, config.start_level) == (None, "uniform", None, None)
+    (tmp_path / "job.yaml").write_text(printed(capsys, job, *JOBS[job], "--grid", "uniform", "--print-config"))
+    again = cli.parse(job, [*JOBS[job][: job == "manipulate"], "--config", str(tmp_path / "job.yaml")])
+    assert again == config
+    base = SamplingConfig.sampling(again, OWN)
+    assert (base.sampler, base.grid, base.num_steps, base.start_level) == ("dpmpp-2m", "uniform", 5, 0.5)
+
+
+def test_the_help_says_whose_value_is_used_when_a_flag_is_left_out(capsys):
+    shared = " ".join(printed(capsys, "evaluate", "--help").partition("\nsampling:\n")[2].split())
+    for usual in ("else ddim", "else auto", "else 8", "else 0"):
+        assert f"{usual}. (default: none)" in shared
+    assert shared.count("Left out: ") == 4
+
+
+def test_without_a_schedule_of_the_model_no_fingerprint_has_changed():
+    """Computed before a model could have a schedule of its own: with others every night would make all again."""
+    flags = {"sampler": "dpmpp-2m", "grid": "karras", "steps": 5, "start_level": 0.5}
+    assert fingerprint(dataclasses.asdict(SamplingConfig().sampling())) == "405cd56b2e227dc3a7b6388b210e204b"
+    assert fingerprint(dataclasses.asdict(SamplingConfig(**flags).sampling())) == "139d16bc964ed332436a34beb59985b1"
+    upscale = cli.parse("upscale", JOBS["upscale"])
+    assert fingerprint(upscale.recipe()) == "4966583d28510a71b66c133d5c587f75"
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert fingerprint(cli.parse("upscale", [*JOBS["upscale"], *words]).recipe()) == "68147eca45227bb586083cf8263664e7"
+
+
+def test_a_schedule_of_the_model_is_another_recipe_and_the_same_as_its_flags():
+    flags = SamplingConfig(sampler="dpmpp-2m", grid="karras", steps=5, start_level=0.5)
+    assert SamplingConfig().sampling(OWN) == flags.sampling() == flags.sampling(OWN) != SamplingConfig().sampling()
 
 
 @pytest.mark.parametrize("job", JOBS)
