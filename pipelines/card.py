@@ -15,8 +15,8 @@ from PIL import Image
 from pipelines.commit import Duplicates
 from pipelines.images import REASONS
 from pipelines.manifest import Manifest
+from pipelines.pages import pages
 from pipelines.recipes import degradation_of, recipe_in_words
-from pipelines.report import pages
 from pipelines.statistics import BINS, SAMPLE_PAIRS, Colours, Statistics
 
 TILE_PX = 192  # a pair of tiles is as wide as a phone, three pairs are as wide as the page

@@ -24,8 +24,8 @@ from diffsr_core.networks.sr3 import SR3Config
 from diffsr_core.networks.srdiff import SRDiffConfig
 from diffsr_core.recipe import StageRecipe, TrainingRecipe
 from pipelines.manifest import SPLITS, Manifest
+from pipelines.pages import visible
 from pipelines.recipes import recipe_in_words
-from pipelines.report import visible
 
 # In a report's metrics as val_<code>_<method>: heading and decimals.
 _SCORES = {

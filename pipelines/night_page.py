@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.contact_sheet import DOUBT_LEVELS, Group
 from pipelines.images import REASONS
-from pipelines.report import pages
+from pipelines.pages import pages
 
 if TYPE_CHECKING:  # the night writes its page, so it imports this module
     from pipelines.night import Night

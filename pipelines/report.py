@@ -4,135 +4,259 @@ The file works from `file://` and from an object store: styles, script and pictu
 security policy forbids the browser any request. It carries no time, so the same scores give the same bytes.
 """
 
+import json
 import math
 import struct
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-METRIC_LABELS = {"psnr": "PSNR", "ssim": "SSIM", "psnr_y": "PSNR-Y", "ssim_y": "SSIM-Y", "lr_psnr": "LR-PSNR"}
-METHOD_LABELS = {"model": "diffusion"}  # every other method is shown under its own name
-STATUS_LABELS = {"dead": "refused", "skipped": "skipped", "done": "done"}  # in the order in which they are listed
-PER_IMAGE = ("psnr", "ssim", "lr_psnr")
-SMALLEST_TILE_PX = 160  # CSS px: the scores under a crop must fit below it
+from pipelines.evaluated import Evaluation, Judged, Picture, judged
+from pipelines.intervals import Interval
+from pipelines.measures import MEASURES, SET_MEASURES, Measure
+from pipelines.pages import pages, visible
+from pipelines.plots import curve_plot, distributions, roles
+
+ARROWS = {"higher": "↑", "lower": "↓", "none": ""}
+EVALUATED = ("model", "challenger")  # the method that the page is about: shown on the right of each slider
+FIRST_COLUMNS = ("psnr_y", "ssim_y", "lpips", "lr_psnr", "psnr", "ssim")  # as many as fit are shown before one chooses
+NUM_FIRST_COLUMNS = 3
+STATIC_ROWS = 50  # of the table of images, for a reader without script
+EXAMPLES = 3  # of the images that one reason left out
+PLOT_SIZES_PX = {"wide": (1080, 420), "narrow": (358, 330)}  # text in a plot is not scaled, so a phone has its own
 
 
-def markdown_table(means: Mapping[str, float], methods: Sequence[str], metrics: Sequence[str]) -> str:
-    """Return a GitHub table, one line a method, without a final newline; dB to 2 decimals, SSIM to 4.
+def markdown_table(
+    summary: Mapping[str, Mapping[str, Interval]],
+    sets: Mapping[str, Mapping[str, float]],
+    methods: Mapping[str, str],
+    measures: Sequence[str],
+) -> str:
+    """Return a GitHub table, one line a method, without a final newline: means, and [low, high] where that is wider.
 
-    means: `<method>_<metric>` -> value. Raises KeyError for one that is missing.
+    methods: name -> label. A dash is what was not measured. Measures of the whole set follow where there are any.
+    Raises ValueError for a measure that has no name in `MEASURES`.
     """
-    lines = [
-        "| " + " | ".join(["method", *(METRIC_LABELS.get(name, name) for name in metrics)]) + " |",
-        "|".join(["", "---", *("---:" for _ in metrics), ""]),
-    ]
-    for method in methods:
-        cells = [_number(means[f"{method}_{name}"], name) for name in metrics]
-        lines.append("| " + " | ".join([METHOD_LABELS.get(method, method), *cells]) + " |")
+    columns, whole = _measures(measures), _set_measures(sets)
+    heads = ["method", *(f"{m.label}{_unit(m)} {ARROWS[m.better]}".strip() for m in [*columns, *whole])]
+    lines = ["| " + " | ".join(heads) + " |", "|".join(["", "---", *("---:" for _ in heads[1:]), ""])]
+    for method, label in methods.items():
+        cells = [" ".join(filter(None, _interval(summary.get(method, {}).get(m.name), m))) for m in columns]
+        cells += [number(sets.get(method, {}).get(m.name), m) for m in whole]
+        lines.append("| " + " | ".join([visible(label).replace("|", "\\|"), *cells]) + " |")
     return "\n".join(lines)
 
 
-def write_report(
-    *,
-    title: str,
-    methods: Sequence[str],
-    metrics: Mapping[str, float],
-    rows: Sequence[Mapping[str, Any]],
-    strips: Sequence[tuple[str, bytes]],
-    ledger: Sequence[Mapping[str, Any]],
-    provenance: Mapping[str, str],
-) -> str:
+def write_report(evaluation: Evaluation) -> str:
     """Return the HTML text. What is empty has no section.
 
-    metrics: means by `<method>_<metric>`, and seconds_per_image. rows: one an image, with key, reason (empty when
-    scored), message, seconds and `<method>_<metric>`. strips: (key, PNG of tiles of equal width side by side: LR, each
-    method, HR). ledger: rows as in `ledger.Receipt`, and thumb_in and thumb_out, PNG bytes, where there are any.
-    Raises ValueError for a strip that is no such PNG and for a status that has no name here.
+    Raises ValueError for a picture whose crops are no PNGs of one size, and for a measure without a name in `MEASURES`.
     """
-    by_key = {row["key"]: row for row in rows}
-    columns = ["LR", *(METHOD_LABELS.get(method, method) for method in methods), "HR"]
+    methods = evaluation.methods
+    measures, whole = _measures(evaluation.measures), _set_measures(evaluation.sets)
+    images = judged(evaluation.rows, list(methods))
+    anchors: dict[str, str] = {}
+    groups = _groups(evaluation, anchors)
+    chosen = _first_columns(evaluation.measures)
     environment = pages()
-    environment.filters |= {"number": _number}
-    names = [name for name in METRIC_LABELS if any(f"{method}_{name}" in metrics for method in methods)]
+    environment.filters |= {"number": number, "unit": _unit, "cell": _interval, "count": "{:,}".format}
     return environment.get_template("report.html").render(
-        title=title,
-        methods={method: METHOD_LABELS.get(method, method) for method in methods},
-        means=metrics,
-        metric_labels=METRIC_LABELS,
-        names=names,
-        per_image=PER_IMAGE,
-        best={name: _best(metrics, methods, name) for name in names},
-        scored=[row for row in rows if not row["reason"]],
-        unscored=[row for row in rows if row["reason"]],
-        columns=columns,
-        strips=[_strip(key, data, len(columns)) | {"row": by_key.get(key, {})} for key, data in strips],
-        assets=[asset for status in STATUS_LABELS for asset in ledger if asset["status"] == status],
-        counts=_counts(ledger),
-        statuses=STATUS_LABELS,
-        provenance=provenance,
+        title=evaluation.title,
+        methods=methods,
+        measures=measures,
+        whole=whole,
+        arrows=ARROWS,
+        summary=evaluation.summary,
+        sets=evaluation.sets,
+        best=_best(evaluation, measures, whole),
+        images=images,
+        by_key={image.key: image for image in images},
+        winners_of=lambda image, measure: winners({m: image.score(m, measure.name) for m in methods}, measure),
+        num_scored=sum(not image.failures and bool(image.scores) for image in images),
+        num_partly=sum(bool(image.failures and image.scores) for image in images),
+        num_unscored=sum(not image.scores for image in images),
+        reasons=_reasons(images, methods),
+        curve=evaluation.curve,
+        curve_measure=_measures([evaluation.curve.measure])[0] if evaluation.curve else None,
+        curve_columns=_curve_columns(evaluation),
+        plots={name: curve_plot(evaluation.curve, width=w, height=h) for name, (w, h) in PLOT_SIZES_PX.items()}
+        if evaluation.curve
+        else {},
+        roles=roles,
+        spreads=_spreads(images, methods, measures),
+        groups=groups,
+        uncertain=any(picture.uncertainty for picture in evaluation.pictures),
+        evaluated=next((name for name in EVALUATED if name in methods), list(methods)[-1] if methods else ""),
+        chosen=chosen,
+        static_rows=STATIC_ROWS,
+        table=_table(images, methods, measures, chosen, anchors),
+        provenance=evaluation.provenance,
     )
 
 
-def _best(metrics: Mapping[str, float], methods: Sequence[str], name: str) -> set[str]:
-    """Return the methods whose shown value is the highest; none when nobody is beaten or there is no number."""
-    shown = {method: _number(metrics.get(f"{method}_{name}"), name) for method in methods}
-    values = {method: float(text) for method, text in shown.items() if text != "–"}
-    winners = {method for method, value in values.items() if value == max(values.values())}
-    return winners if len(winners) < len(values) else set()
+def number(value: float | None, measure: Measure) -> str:
+    """Return a value with the digits of its measure; a dash for what was not measured."""
+    return "–" if value is None or math.isnan(value) else f"{value:z.{measure.digits}f}"
 
 
-def _counts(ledger: Sequence[Mapping[str, Any]]) -> str:
-    """Return such as "6 in: 5 done, 1 refused". Raises ValueError for a status that has no name here."""
-    found = [str(asset["status"]) for asset in ledger]
-    for status in set(found) - set(STATUS_LABELS):
-        raise ValueError(f"status is {status!r}: it must be one of {', '.join(STATUS_LABELS)}; it would be left out")
-    parts = [f"{found.count(status)} {label}" for status, label in reversed(STATUS_LABELS.items()) if status in found]
-    return f"{len(found)} in: {', '.join(parts)}"
+def _interval(interval: Interval | None, measure: Measure) -> tuple[str, str]:
+    """Return the mean and "[low, high]" as text; nothing for an interval that is no wider than its mean as shown."""
+    if interval is None:
+        return "–", ""
+    mean, low, high = (number(value, measure) for value in interval)
+    return mean, "" if low == mean == high else f"[{low}, {high}]"
 
 
-def _strip(key: str, data: bytes, num_tiles: int) -> dict[str, Any]:
-    """Return what the page needs of a strip: its size in px and the smallest whole zoom at which it can be read."""
-    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
-        raise ValueError(f"strip of {key!r} begins with {data[:8]!r}: it must be a PNG; encode it as one")
-    width, height = struct.unpack(">II", data[16:24])
-    if width == 0 or width % num_tiles:
+def _unit(measure: Measure) -> str:
+    return f" ({measure.unit})" if measure.unit else ""
+
+
+def _measures(names: Sequence[str]) -> list[Measure]:
+    for name in names:
+        if name not in MEASURES:
+            raise ValueError(f"measures ({name!r}) must be among {', '.join(MEASURES)}; add it there, with its label")
+    return [MEASURES[name] for name in names]
+
+
+def _set_measures(sets: Mapping[str, Mapping[str, float]]) -> list[Measure]:
+    for name in {name for found in sets.values() for name in found} - SET_MEASURES.keys():
+        raise ValueError(f"sets ({name!r}) must be among {', '.join(SET_MEASURES)}; add it there, with its label")
+    return [measure for name, measure in SET_MEASURES.items() if any(name in found for found in sets.values())]
+
+
+def _best(evaluation: Evaluation, measures: Sequence[Measure], whole: Sequence[Measure]) -> dict[str, set[str]]:
+    """Return, by measure, the methods with the best shown value; none when nobody is beaten."""
+    found = {}
+    for measure in measures:
+        intervals = {m: evaluation.summary.get(m, {}).get(measure.name) for m in evaluation.methods}
+        found[measure.name] = winners({m: i.mean if i else None for m, i in intervals.items()}, measure)
+    for measure in whole:
+        values = {m: evaluation.sets.get(m, {}).get(measure.name) for m in evaluation.methods}
+        found[measure.name] = winners(values, measure)
+    return found
+
+
+def winners(values: Mapping[str, float | None], measure: Measure) -> set[str]:
+    """Return the methods whose value is the best at the digits shown; none when no other is beaten by them."""
+    if measure.better == "none":
+        return set()
+    shown = {method: number(value, measure) for method, value in values.items()}
+    numbers = {method: float(text) for method, text in shown.items() if text != "–"}
+    best = (max if measure.better == "higher" else min)(numbers.values(), default=0.0)
+    found = {method for method, value in numbers.items() if value == best}
+    return found if len(found) < len(numbers) else set()
+
+
+def _reasons(images: Sequence[Judged], methods: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return why images have no score, the most frequent reason first, with the first of each as examples."""
+    found: dict[str, dict[str, Any]] = {}
+    for image in images:
+        for reason in dict.fromkeys(reason for reason, _ in image.failures.values()):
+            of = [method for method in methods if image.failures.get(method, ("",))[0] == reason]
+            entry = found.setdefault(reason, {"reason": reason, "count": 0, "examples": []})
+            entry["count"] += 1
+            if len(entry["examples"]) < EXAMPLES:
+                which = "" if len(of) == len(methods) else ", ".join(methods[method] for method in of)
+                entry["examples"].append((image.key, which, image.failures[of[0]][1]))
+    return sorted(found.values(), key=lambda entry: (-entry["count"], entry["reason"]))
+
+
+def _curve_columns(evaluation: Evaluation) -> list[Measure]:
+    """Return the measures of the curve's points: the one that is drawn first."""
+    if evaluation.curve is None:
+        return []
+    found = {name for point in evaluation.curve.points for name in point.summary if name in MEASURES}
+    return _measures([evaluation.curve.measure, *(n for n in MEASURES if n in found - {evaluation.curve.measure})])
+
+
+def _spreads(
+    images: Sequence[Judged], methods: Mapping[str, str], measures: Sequence[Measure]
+) -> list[tuple[Measure, dict[str, Any]]]:
+    """Return the distributions of each measure that has a finite value."""
+    found = []
+    for measure in measures:
+        values = {
+            method: [v for image in images if (v := image.score(method, measure.name)) is not None and math.isfinite(v)]
+            for method in methods
+        }
+        if any(values.values()):
+            found.append((measure, distributions(values)))
+    return found
+
+
+def _groups(evaluation: Evaluation, anchors: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """Return the pictures by why they are shown, and fill `anchors` (by key); one shown before is only named."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for picture in evaluation.pictures:
+        group = groups.setdefault(picture.why, [])
+        if picture.key in anchors:
+            group.append({"key": picture.key, "anchor": anchors[picture.key], "layers": []})
+            continue
+        anchors[picture.key] = anchor = f"picture-{len(anchors) + 1}"
+        width, height = _size(picture)
+        labels = {"lr": "LR (input)", **evaluation.methods, "hr": "HR (reference)"}
+        layers = [(name, label, picture.crops[name]) for name, label in labels.items() if name in picture.crops]
+        if picture.uncertainty is not None:
+            layers.append(("uncertainty", "uncertainty", picture.uncertainty))
+        group.append({"key": picture.key, "anchor": anchor, "width": width, "height": height, "layers": layers})
+    return {why: sorted(group, key=lambda shown: not shown["layers"]) for why, group in groups.items()}
+
+
+def _size(picture: Picture) -> tuple[int, int]:
+    """Return the width and height in px that all of a picture's crops have."""
+    sizes = set()
+    layers = picture.crops if picture.uncertainty is None else {**picture.crops, "uncertainty": picture.uncertainty}
+    for name, data in layers.items():
+        if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or len(data) < 24:
+            raise ValueError(f"crop {name} of {picture.key!r} begins with {data[:8]!r}: it must be a PNG; encode it so")
+        sizes.add(struct.unpack(">II", data[16:24]))
+    if len(sizes) != 1 or 0 in min(sizes):
         raise ValueError(
-            f"strip of {key!r} is {width} px wide: it must hold {num_tiles} tiles of equal width; give LR, methods, HR"
+            f"crops of {picture.key!r} are of {sorted(sizes)} px: they must be of one size, so that they can cover one "
+            "another; enlarge LR by repeating its pixels"
         )
-    zoom = math.ceil(SMALLEST_TILE_PX * num_tiles / width)
-    return {"key": key, "png": data, "width": width, "height": height, "zoom": zoom}
+    width, height = sizes.pop()
+    return width, height
 
 
-def _number(value: float | None, name: str) -> str:
-    """Return a metric as text: 4 decimals for SSIM, 2 for everything else, a dash for what was not measured."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.{4 if name.startswith('ssim') else 2}f}"
+def _first_columns(names: Sequence[str]) -> list[str]:
+    """Return the measures that the table of images begins with, in the order of the measures."""
+    liked = [*(name for name in FIRST_COLUMNS if name in names), *(n for n in names if n not in FIRST_COLUMNS)]
+    return [name for name in names if name in liked[:NUM_FIRST_COLUMNS]]
 
 
-def pages() -> Environment:
-    """Return the templates of pages that need nothing else: what is missing is an error, what is shown is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"png": data_uri, "name": visible}
-    return environment
+def _table(
+    images: Sequence[Judged],
+    methods: Mapping[str, str],
+    measures: Sequence[Measure],
+    chosen: Sequence[str],
+    anchors: Mapping[str, str],
+) -> Markup:
+    """Return the scores of each image as JSON that no text in it can end: the script of the page draws them.
 
-
-def data_uri(data: bytes) -> str:
-    return "data:image/png;base64," + b64encode(data).decode()
-
-
-def visible(text: object) -> str:
-    """Return the text with what cannot be seen (newlines, controls, bidi overrides, lone surrogates) as an escape.
-
-    A name can then neither forge another nor leave text that UTF-8 cannot hold.
+    A row: key, values (by measure, then by method, rounded as they are shown), [number of the method, why] of the
+    methods without a score, and the anchor of its picture.
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+    def rounded(value: float | None, measure: Measure) -> float | None:
+        return None if value is None or not math.isfinite(value) else float(number(value, measure))
+
+    rows = [
+        [
+            visible(image.key),
+            [rounded(image.score(method, m.name), m) for m in measures for method in methods] if image.scores else [],
+            [
+                [index, visible(f"{reason} – {message}" if message else reason)]
+                for index, method in enumerate(methods)
+                if method in image.failures
+                for reason, message in [image.failures[method]]
+            ],
+            anchors.get(image.key, ""),
+        ]
+        for image in images
+    ]
+    heads = [{"label": f"{m.label}{_unit(m)}", "digits": m.digits, "shown": m.name in chosen} for m in measures]
+    document = {"methods": [visible(label) for label in methods.values()], "measures": heads, "rows": rows}
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
