@@ -159,7 +159,7 @@ def _tiles(scene: Scene, output: str, row: dict[str, Any]) -> tuple[Place, list[
             with _opened(uncertainty) as doubt_file:
                 y, x = _most_uncertain(doubt_file, scale, height, width)
                 levels = _crop(_image(doubt_file), y, x, height, width, scale)[:, :, 0] / UNCERTAINTY_STEPS
-                doubt = [Tile("uncertainty", _png(_in_colours(levels)))]
+                doubt = [Tile("uncertainty", _png(in_colours(levels)))]
         else:
             doubt, (y, x) = [], most_detailed(scene, height, width)
         samples = _crop(result, y, x, height, width, scale)
@@ -269,7 +269,7 @@ def _bytes(samples: np.ndarray) -> np.ndarray:
     return samples
 
 
-def _in_colours(levels: np.ndarray) -> np.ndarray:
+def in_colours(levels: np.ndarray) -> np.ndarray:
     """Return levels (HW) as uint8 RGB from dark for 0 to bright for DOUBT_LEVELS and more."""
     at = np.minimum(levels / DOUBT_LEVELS, 1) * (len(_DOUBT) - 1)
     bands = [np.interp(at, np.arange(len(_DOUBT)), _DOUBT[:, band]) for band in range(3)]

@@ -1,239 +1,237 @@
-"""Job 3: a model and its baselines on a frozen data set; rows to Parquet, a summary, a report."""
+"""Job 3: models and baselines on a frozen data set; rows to Parquet, a summary, a report, a study for people."""
 
 import io
 import json
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffsr_core.checkpoint import model_from_files
-from diffsr_core.degradation import Degradation
-from diffsr_core.sampler import SAMPLERS
-from diffsr_core.sampling import SamplingRecipe
-from diffsr_core.schedule import GRIDS
-from pipelines import storage
+from pipelines import gallery, storage
+from pipelines.answers import fool_rates, read_answers, to_json, to_markdown
+from pipelines.classifiers import Classifier, labels_of
 from pipelines.config import check, fingerprint
+from pipelines.curve import CURVE_FILES, Curve, measure_curve, store_schedule
+from pipelines.datasets import Dataset
 from pipelines.engine import say
-from pipelines.models import ResolvedModel, resolve
+from pipelines.evaluated import Evaluation, Picture
+from pipelines.evaluation_config import EvaluateConfig
+from pipelines.evaluation_plan import Plan, dataset_of, planned
+from pipelines.measures import MEASURES, set_measures
+from pipelines.perceptual import read_reference
 from pipelines.report import markdown_table, write_report
 from pipelines.runs import Summary
-from pipelines.sampling import SamplingConfig
-from pipelines.scoring import BASELINES, METRICS, Dataset, open_dataset, score_dataset
-from pipelines.searching import SEARCH_FILES, candidates_of, search_schedule
+from pipelines.scoring import Contender, Scores, score_dataset
+from pipelines.study import write_study
+from pipelines.summaries import metrics_of, summarise
 from pipelines.work import BudgetExceeded
 
-STRIPS = 8
+VERBS = ("run", "fool-rate")
+FILES = ("rows.parquet", "summary.md", "report.html")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(SamplingConfig):
-    """Score a model and its baselines on a data set. The same evaluation again is read, not computed."""
-
-    model: str = field(metadata={"unit": "REF"})
-    """Model: a folder or URI, models:/name@alias or models:/name/version."""
-    dataset: str = field(metadata={"unit": "URI"})
-    """Folder of HR images, or a pair set."""
-    output: str = field(metadata={"unit": "URI"})
-    """Where rows.parquet, summary.json, summary.md and report.html are written."""
-    split: str = "test"
-    """Split of a pair set that is scored."""
-    degradation: str = "bicubic"
-    """Recipe that makes LR from a folder's HR images: a name or JSON, as for make_pairs."""
-    baselines: tuple[str, ...] = ("bicubic", "regression")
-    """What the model is compared with: bicubic, regression (the model's own regression network)."""
-    search_steps: tuple[int, ...] = field(default=(), metadata={"group": "schedule search"})
-    """Numbers of steps to try, on the split val of a pair set; the best schedule found is then evaluated."""
-    search_samplers: tuple[str, ...] = ("ddim", "dpmpp-2m")
-    """Samplers to try."""
-    search_grids: tuple[str, ...] = ("uniform", "log_snr", "karras")
-    """Families of noise levels to try."""
-    objective: str = "psnr_y"
-    """What the search maximises: psnr, ssim, psnr_y, ssim_y or lr_psnr."""
-    engine: Literal["ray", "local"] = field(default="ray", metadata={"group": "running"})
-    """Ray Data actors, or a plain loop in this process."""
-    num_workers: int = 1
-    """Actors, one CPU each."""
-    max_dead_share: float = 0.2
-    """Error budget: the job fails (exit 3) when more of the images, and more than one, have no score."""
-    limit: int | None = None
-    """Score only the first images of the set."""
-    dry_run: bool = False
-    """Say what would be scored, and stop."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        Degradation.parse(self.degradation, 2)  # the scale is the model's, not known yet
-        for name in self.baselines:
-            check(name in BASELINES, "baselines", name, f"must be among {', '.join(BASELINES)}", "leave it out")
-        check(
-            self.objective in METRICS, "objective", self.objective, f"must be one of {', '.join(METRICS)}", "use psnr_y"
-        )
-        for name, known in (("search_samplers", SAMPLERS), ("search_grids", GRIDS)):
-            for value in getattr(self, name):
-                check(value in known, name, value, f"must be among {', '.join(known)}", "leave it out")
-        for number in self.search_steps:
-            check(number >= 1, "search_steps", number, "must be at least 1 each", "use 4,8,16")
-        candidates_of(self.search_samplers, self.search_grids, self.search_steps or (1,))
-        check(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1", "use 1 or more")
-        check(0 <= self.max_dead_share <= 1, "max_dead_share", self.max_dead_share, "must be from 0 to 1", "use 0.2")
-        check(self.limit is None or self.limit >= 1, "limit", self.limit, "must be at least 1", "leave it out for all")
+def evaluate(config: EvaluateConfig, *, verb: str = "run") -> Summary:
+    """Run one verb; return its summary. Raises ValueError or BudgetExceeded."""
+    return _fool_rate(config) if verb == "fool-rate" else _evaluate(config)
 
 
-def evaluate(config: EvaluateConfig) -> Summary:
-    """Run the job; return its summary. Raises ValueError or BudgetExceeded."""
-    from pipelines import tracking
-
-    model = resolve(config.model)
-    network, document = model_from_files(model.files)
-    dataset = open_dataset(
-        config.dataset,
-        split=config.split,
-        degradation=config.degradation,
-        scale=network.config.scale,
-        limit=config.limit,
-    )
-    recipe, baselines = config.sampling(), config.baselines
-    if "regression" in baselines and not network.config.encoder.regresses:
-        say(f"evaluate: {model.label} has no regression network of its own, so that baseline is left out")
-        baselines = tuple(name for name in baselines if name != "regression")
-    methods = [*baselines, "model"]
-    candidates = candidates_of(config.search_samplers, config.search_grids, config.search_steps)
-    if candidates and network.denoiser is None:
-        raise ValueError(f"model ({model.label}) is a regression, it has no schedule; leave out --search-steps")
-    for tried in [replace(recipe, **asdict(choice)) for choice in candidates] or [recipe]:
-        tried.check_fits(network.config)  # before any work is planned
-    identity = fingerprint(
-        {
-            "model": model.digest,
-            "data": dataset.digest,
-            "recipe": asdict(recipe),
-            "baselines": list(baselines),
-            "search": [config.objective, *(asdict(choice) for choice in candidates)] if candidates else [],
-        }
-    )
-    uri = storage.join(config.output, "summary.json")
+def _evaluate(config: EvaluateConfig) -> Summary:
+    plan = planned(config)
+    identity, uri, count = plan.identity(config), storage.join(config.output, "summary.json"), len(plan.dataset.items)
+    label = plan.model.label
     if storage.exists(uri):
         found = json.loads(storage.read_bytes(uri))
         if found["identity"] == identity:
-            say(f"evaluate: nothing to do, {model.label} was scored on these {len(dataset.items)} images")
-            return Summary(job="evaluate", run_id=found["run_id"], status="done", unchanged=len(dataset.items),
+            say(f"evaluate: nothing to do, {label} was scored on these {count} images")
+            return Summary(job="evaluate", run_id=found["run_id"], status="done", unchanged=count,
                            outputs=found["outputs"], metrics=found["metrics"])  # fmt: skip
-    how = f"searching {len(candidates)} schedules" if candidates else f"{recipe.sampler} {recipe.num_steps} steps"
-    say(f"evaluate: {model.label} on {len(dataset.items)} images, {how}")
+    how = f"searching {len(plan.candidates)} schedules"
+    if not plan.candidates:
+        how = f"{plan.recipe.sampler} {plan.recipe.num_steps} steps"
+    names = ", ".join([*plan.baselines, *(rival.label for rival, _ in plan.rivals)])
+    say(f"evaluate: {label} against {names or 'nothing'} on {count} images, {how}")
     if config.dry_run:
-        return Summary(job="evaluate", run_id="none", status="planned", inputs=len(dataset.items))
+        return Summary(job="evaluate", run_id="none", status="planned", inputs=count)
+    from pipelines import tracking
+
     tracking.connect()  # before the work: a store that is not there is better known at once
-    if candidates:
-        recipe = search_schedule(
-            candidates,
-            _held_out(config, dataset, network.config.scale),
-            model,
-            recipe,
-            objective=config.objective,
-            output=config.output,
-            engine=config.engine,
-            num_workers=config.num_workers,
-        )
-    rows = score_dataset(
-        dataset,
-        model,
-        recipe,
-        baselines=baselines,
-        output=config.output,
-        engine=config.engine,
-        num_workers=config.num_workers,
-        label="evaluate",
-        num_strips=STRIPS,
-    )
-    metrics, table = summarise(rows, methods)
-    say(table)
-    searched = [storage.join(config.output, name) for name in SEARCH_FILES]
-    for old in [uri] if candidates else [uri, *searched]:
-        if storage.exists(old):
-            storage.delete(old)  # of another evaluation, whose files are now replaced
-    outputs = _write(config, model, dataset, rows, methods, table, metrics, document, recipe)
-    outputs += searched if candidates else []
-    dead = sum(bool(row["reason"]) for row in rows)
-    if dead > max(1, config.max_dead_share * len(rows)):  # one bad file never fails a job (law 1)
-        first = next(row for row in rows if row["reason"])
-        raise BudgetExceeded(
-            f"images without a score ({dead} of {len(rows)}) must stay within max_dead_share "
-            f"({config.max_dead_share}); the first is {first['key']!r}: {first['reason']}, {first['message']}; read "
-            f"all of them in {outputs[0]}, mend the cause, then evaluate again",
-            {"inputs": len(rows), "done": len(rows) - dead, "skipped": 0, "dead": dead},
-        )
-    if not metrics:
-        raise ValueError(f"dataset ({config.dataset}) must hold at least one readable image; see the reason: {rows}")
-    params = {**asdict(config), "model_digest": model.digest, "sampling": asdict(recipe)}
-    with tracking.run(f"evaluate {model.label}", params=params) as run_id:
-        tracking.log_evaluation(metrics, digest=dataset.digest, source=config.dataset, artifacts=outputs)
-    summary = {"identity": identity, "run_id": run_id, "outputs": outputs, "metrics": metrics,
-               "sampling": asdict(recipe)}  # fmt: skip
+    curve = _searched(config, plan) if plan.candidates else None
+    plan = replace(plan, recipe=plan.recipe if curve is None else curve.recipe(plan.recipe))
+    evaluation, files = _scored(config, plan, curve)
+    stored = [store_schedule(plan.model, curve)] if curve is not None and config.store else []
+    metrics, intervals = metrics_of(evaluation)
+    params = {**asdict(config), "model_digest": plan.model.digest, "sampling": asdict(plan.recipe)}
+    with tracking.run(f"evaluate {label}", params=params) as run_id:
+        tracking.log_evaluation(
+            metrics | intervals, digest=plan.dataset.digest, source=plan.dataset.source, artifacts=files,
+            model=plan.model,
+        )  # fmt: skip
+    outputs = [*files, *stored]
+    summary = {"identity": identity, "run_id": run_id, "outputs": outputs, "metrics": metrics, "intervals": intervals,
+               "sampling": asdict(plan.recipe), "dataset": plan.dataset.digest}  # fmt: skip
     storage.publish(uri, json.dumps(summary, indent=1).encode())  # last: an evaluation without it did not end
-    return Summary(job="evaluate", run_id=run_id, status="done", inputs=len(rows),
-                   done=len(rows) - dead, dead=dead, outputs=outputs, metrics=metrics)  # fmt: skip
+    dead = len({row["key"] for row in evaluation.rows if row["reason"]})
+    return Summary(job="evaluate", run_id=run_id, status="done", inputs=count, done=count - dead, dead=dead,
+                   outputs=outputs, metrics=metrics)  # fmt: skip
 
 
-def _held_out(config: EvaluateConfig, dataset: Dataset, scale: int) -> Dataset:
-    """Return what the search looks at: the split val of a pair set, else, said aloud, what is then evaluated."""
-    if dataset.split not in ("", "val"):
+def _searched(config: EvaluateConfig, plan: Plan) -> Curve:
+    """Return the curve, measured on the split val of a pair set, else, said aloud, on what is then evaluated."""
+    held_out = None
+    if plan.dataset.split not in ("", "val"):
         with suppress(ValueError):  # it holds no such pairs
-            return open_dataset(config.dataset, split="val", degradation="", scale=scale, limit=config.limit)
-    say("evaluate: the schedule is chosen on the images that are then scored, which flatters it a little")
-    return dataset
+            held_out = dataset_of(config, plan.dataset.scale, split="val")
+    if held_out is None:
+        say("evaluate: the schedule is chosen on the images that are then scored, which flatters it a little")
+    images = held_out or plan.dataset
+    return measure_curve(
+        plan.candidates, images, plan.model, plan.recipe, measure=config.objective, meter=plan.meter,
+        pick=config.pick, labels=_labels(config, images), output=config.output, engine=config.engine,
+        num_workers=config.num_workers, use_gpu=config.use_gpu,
+    )  # fmt: skip
 
 
-def summarise(rows: list[dict[str, Any]], methods: list[str]) -> tuple[dict[str, float], str]:
-    """Return (means by `<method>_<metric>` over the scored rows, a Markdown table)."""
-    scored = [row for row in rows if not row["reason"]]
-    if not scored:
-        return {}, ""
-    means = {
-        f"{method}_{name}": sum(row[f"{method}_{name}"] for row in scored) / len(scored)
-        for method in methods
-        for name in METRICS
-    }
-    means["seconds_per_image"] = sum(row["seconds"] for row in scored) / len(scored)
-    return means, markdown_table(means, methods, METRICS)
+def _labels(config: EvaluateConfig, dataset: Dataset) -> dict[str, int] | None:
+    """Return the class of each image, None where there is nothing to classify them with, or they have none."""
+    if config.classifier is None:
+        return None
+    whole = dataset_of(replace(config, limit=None), dataset.scale, split=dataset.split)  # a folder's place is its class
+    keys, num_classes = [item.key for item in whole.items], Classifier(config.classifier).num_classes
+    return labels_of(keys, source_uri=dataset.source, num_classes=num_classes)
 
 
-def _write(
-    config: EvaluateConfig,
-    model: ResolvedModel,
-    dataset: Dataset,
-    rows: list[dict[str, Any]],
-    methods: list[str],
-    table: str,
-    metrics: dict[str, float],
-    document: dict[str, Any],
-    recipe: SamplingRecipe,
-) -> list[str]:
-    sink = io.BytesIO()
-    columns = dict.fromkeys(name for row in rows for name in row)  # the first image may be one without a score
-    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), sink)
-    scored = {row["key"] for row in rows if not row["reason"]}
-    strips = [
-        (item.key, storage.read_bytes(storage.join(config.output, "strips", f"{index:02d}.png")))
-        for index, item in enumerate(dataset.items[:STRIPS])
-        if item.key in scored
+def _scored(config: EvaluateConfig, plan: Plan, curve: Curve | None) -> tuple[Evaluation, list[str]]:
+    """Score, write the files, and return what was found and their URIs. Raises BudgetExceeded or ValueError."""
+    running: dict[str, Any] = {"engine": config.engine, "num_workers": config.num_workers, "use_gpu": config.use_gpu}
+    contenders, dataset = _contenders(plan, config.output), plan.dataset
+    scores = score_dataset(
+        dataset, contenders, meter=plan.meter, labels=_labels(config, dataset), label="evaluate", **running
+    )
+    shown = gallery.pictures(scores.rows, dataset, contenders, seed=config.seed, **running)
+    evaluation = _evaluation(config, plan, contenders, scores, shown, curve)
+    say(table := markdown_table(evaluation.summary, evaluation.sets, evaluation.methods, evaluation.measures))
+    kept = CURVE_FILES if curve is not None else ()
+    for name in ("summary.json", "study.html", *CURVE_FILES):
+        if name not in kept:
+            storage.delete(storage.join(config.output, name))  # of another evaluation, now replaced
+    files = _write(config, evaluation, scores, table) + [storage.join(config.output, name) for name in kept]
+    _check_dead(config, dataset, scores.rows, files)
+    if config.study:
+        files.append(_study(config, dataset, contenders, scores, running))
+    return evaluation, files
+
+
+def _contenders(plan: Plan, output: str) -> list[Contender]:
+    """Return who is scored: baselines, rivals by names of their own, and the model, last."""
+    found = [
+        Contender.of(plan.model, plan.recipe, method=name, output=output, regression=True)
+        if name == "regression"
+        else Contender(method=name)
+        for name in plan.baselines
     ]
-    report = write_report(
+    taken = {*plan.baselines, "model", "hr"}
+    for rival, recipe in plan.rivals:
+        name = label = rival.label.rstrip("/").rpartition("/")[2]
+        for number in range(2, len(plan.rivals) + 5):
+            if name not in taken:
+                break
+            name = f"{label} {number}"
+        taken.add(name)
+        found.append(Contender.of(rival, recipe, method=name, output=output))
+    return [*found, Contender.of(plan.model, plan.recipe, method="model", output=output)]
+
+
+def _evaluation(
+    config: EvaluateConfig,
+    plan: Plan,
+    contenders: Sequence[Contender],
+    scores: Scores,
+    pictures: Sequence[Picture],
+    curve: Curve | None,
+) -> Evaluation:
+    model, dataset = plan.model, plan.dataset
+    methods = {each.method: each.method for each in contenders} | {"model": model.label}
+    reference = None if config.reference is None else read_reference(config.reference)
+    measures = [name for name in MEASURES if any(row.get(name) is not None for row in scores.rows)]
+    return Evaluation(
         title=f"Evaluation of {model.label}",
         methods=methods,
-        metrics=metrics,
-        rows=rows,
-        strips=strips,
-        ledger=[],
+        rows=scores.rows,
+        measures=measures,
+        summary=summarise(scores.rows, list(methods), measures),
+        sets=set_measures(scores.features, reference=reference) if scores.features else {},
+        pictures=pictures,
+        curve=curve,
         provenance={
-            "model": f"{model.label}, digest {model.digest[:16]}, preset {document['preset']}",
+            "model": f"{model.label}, digest {model.digest[:16]}, preset {plan.preset}",
             "data": f"{config.dataset}, {len(dataset.items)} images, digest {dataset.digest[:16]}",
-            "sampling": json.dumps(asdict(recipe)),
+            "low resolution": dataset.degradation,
+            **({"protocol": f"{config.protocol}: {config.preset.source}"} if config.preset else {}),
+            "sampling": json.dumps(asdict(plan.recipe)),
         },
     )
-    files = {"rows.parquet": sink.getvalue(), "summary.md": table.encode(), "report.html": report.encode()}
-    for name, data in files.items():
-        storage.publish(storage.join(config.output, name), data)
-    return [storage.join(config.output, name) for name in files]
+
+
+def _write(config: EvaluateConfig, evaluation: Evaluation, scores: Scores, table: str) -> list[str]:
+    sink = io.BytesIO()
+    columns = dict.fromkeys(name for row in scores.rows for name in row)  # the first image may be one without a score
+    pq.write_table(pa.table({name: [row.get(name) for row in scores.rows] for name in columns}), sink)
+    contents = (sink.getvalue(), table.encode(), write_report(evaluation).encode())
+    uris = [storage.join(config.output, name) for name in FILES]
+    for uri, data in zip(uris, contents, strict=True):
+        storage.publish(uri, data)
+    return uris
+
+
+def _check_dead(config: EvaluateConfig, dataset: Dataset, rows: list[dict[str, Any]], outputs: list[str]) -> None:
+    """Raise BudgetExceeded where too many images have no score, ValueError where none has one."""
+    lost = {row["key"]: row for row in reversed(rows) if row["reason"]}
+    if len(lost) > max(1, config.max_dead_share * len(dataset.items)):  # one bad file never fails a job (law 1)
+        first = lost[min(lost)]
+        raise BudgetExceeded(
+            f"images without a score ({len(lost)} of {len(dataset.items)}) must stay within max_dead_share "
+            f"({config.max_dead_share}); the first is {first['key']!r}: {first['reason']}, {first['message']}; read "
+            f"all of them in {outputs[0]}, mend the cause, then evaluate again",
+            {"inputs": len(dataset.items), "done": len(dataset.items) - len(lost), "skipped": 0, "dead": len(lost)},
+        )
+    if len(lost) == len(dataset.items):
+        first = lost[min(lost)]
+        raise ValueError(
+            f"dataset ({config.dataset}) must hold at least one readable image; {first['key']!r} is not: "
+            f"{first['reason']}, {first['message']}"
+        )
+
+
+def _study(
+    config: EvaluateConfig, dataset: Dataset, contenders: Sequence[Contender], scores: Scores, running: dict[str, Any]
+) -> str:
+    """Write the study's page; return its URI."""
+    rivals = [each for each in contenders if each.model is not None]
+    count = config.study_images + 1  # one is for practice
+    found = gallery.trials(scores.rows, dataset, rivals, count=count, seed=config.seed, **running)
+    title = f"Which is the photograph? {len({trial.key for trial in found})} pairs"
+    digest = fingerprint({"data": dataset.digest, "contenders": [asdict(each) for each in rivals]})
+    tasks: dict[str, bool | Literal["both"]] = {"unaided": False, "lr-shown": True, "both": "both"}
+    page = write_study(
+        found, title=title, seed=config.seed, seconds=config.study_seconds, show_lr=tasks[config.study_task],
+        digest=digest,
+    )  # fmt: skip
+    storage.publish(uri := storage.join(config.output, "study.html"), page.encode())
+    return uri
+
+
+def _fool_rate(config: EvaluateConfig) -> Summary:
+    """Count the answers of a study's respondents."""
+    check(bool(config.answers), "answers", config.answers, "must be given", "use --answers a.json,b.json")
+    found = fool_rates(read_answers(list(config.answers)))
+    table = to_markdown(found)
+    say(table)
+    outputs = [storage.join(config.output, name) for name in ("fool_rates.json", "fool_rates.md")]
+    if not config.dry_run:
+        for uri, text in zip(outputs, (to_json(found), table), strict=True):
+            storage.publish(uri, text.encode())
+    return Summary(job="evaluate", run_id="none", status="done", inputs=len(config.answers),
+                   done=len(config.answers), outputs=[] if config.dry_run else outputs)  # fmt: skip

@@ -1,149 +1,187 @@
-"""How a model scores on a data set: the machinery that evaluation and promotion share.
+"""How models and baselines score on a data set: the machinery that evaluation, schedule search and promotion share.
 
-A data set is a folder of HR images (LR is made by the degradation) or a pair set (its LR is used). Each image is one
-asset: an image that cannot be read is a row with a reason, never the end of the job.
+Rows are long, one per image and method: key, method, reason ("" where it was scored), message, the measures, and what
+drawing the image took: seconds, device_s (of network calls) and megapixels (of the result). An image that cannot be
+read is a row with a reason for each method, never the end of the job.
 """
 
+import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from hashlib import sha256
-from typing import Any
+from base64 import b64decode, b64encode
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffsr_core.checkpoint import model_from_files
-from diffsr_core.degradation import Degradation, crop_to_multiple
-from diffsr_core.metrics import lr_psnr, psnr, rgb_to_y, ssim
-from diffsr_core.pixels import bicubic
+from diffsr_core.family import SuperResolver, regression_of
+from diffsr_core.pixels import bicubic, lanczos
 from diffsr_core.sampling import SamplingRecipe
-from diffsr_core.upscaler import Upscaler
-from pipelines import storage
-from pipelines.blobs import decode_blob, encode_blob
-from pipelines.corpus import read_source
+from diffsr_core.tiling import tiles
+from diffsr_core.upscaler import NotFiniteError, Upscaler
+from pipelines.comparisons import Made, detailed_crops
+from pipelines.datasets import Dataset, Loaded, Loader
 from pipelines.engine import check_engine, map_actors, progress
-from pipelines.images import SUFFIXES, Refused, decode, jpeg_codec
-from pipelines.manifest import load_manifest, manifest_uri
+from pipelines.images import Refused
+from pipelines.measures import Features, Meter, MeterSettings
 from pipelines.models import ResolvedModel, load_files, publish_model
-from pipelines.rows import iter_pairs, read_pair
 from pipelines.stills import check_channels
 
-BASELINES = ("bicubic", "regression")
-METRICS = ("psnr", "ssim", "psnr_y", "ssim_y", "lr_psnr")
-STRIP_PX = 192
-SSIM_WINDOW_PX = 11
+INTERPOLATIONS = {"bicubic": bicubic, "lanczos": lanczos}
+BASELINES = (*INTERPOLATIONS, "regression")
+FEATURES = "features"  # of a row on its way to the driver
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
-    """One image of a data set: a key below the source, or with a `place` a row of a pair set."""
+class Contender:
+    """Who is scored, by the name of `method` in the rows: an interpolation, or a model's samples, or its regression.
 
-    key: str
-    etag: str
-    place: str = ""
+    model: URI of its folder; recipe: the fields of its SamplingRecipe. Plain values: it travels to the workers.
+    """
 
+    method: str
+    model: str | None = None
+    recipe: Mapping[str, Any] | None = None
+    regression: bool = False
 
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """A frozen list of images with a digest that names exactly this content and protocol."""
-
-    source: str
-    split: str
-    degradation: str
-    items: tuple[Item, ...]
-
-    @property
-    def digest(self) -> str:
-        """sha256 over the protocol and every (key, etag)."""
-        parts = [self.split, self.degradation, *(f"{item.key}\0{item.etag}" for item in self.items)]
-        return sha256("\0".join(parts).encode()).hexdigest()
+    @staticmethod
+    def of(
+        model: ResolvedModel, recipe: SamplingRecipe, *, method: str, output: str, regression: bool = False
+    ) -> "Contender":
+        """Return a model as a contender; its files are copied below `output`, once, for the workers."""
+        uri = publish_model(model, output)
+        return Contender(method=method, model=uri, recipe=asdict(recipe), regression=regression)
 
 
-def open_dataset(source: str, *, split: str, degradation: str, scale: int, limit: int | None = None) -> Dataset:
-    """Return the data set; raises ValueError when it is empty or does not fit the model's scale."""
-    if storage.exists(manifest_uri(source)):
-        manifest = load_manifest(source)
-        found = manifest.recipe["scale"]
-        if found != scale:
-            raise ValueError(f"dataset scale ({found}) must be that of the model ({scale}); make other pairs")
-        rows = iter_pairs(source, manifest, split, columns=["pair_id", "hr_sha256"])
-        items = [Item(key=row["pair_id"], etag=row["hr_sha256"], place=row["place"]) for row in rows]
-        recipe = f"pairs {manifest.digest}"
-    else:
-        items = [Item(key=o.key, etag=o.etag) for o in storage.list_objects(source, suffixes=SUFFIXES)]
-        recipe = Degradation.parse(degradation, scale).to_json()
-        split = ""
-    if not items:
-        raise ValueError(f"dataset ({source}, split {split!r}) must hold images; it holds none: give another")
-    return Dataset(source=source, split=split, degradation=recipe, items=tuple(items[:limit]))
+class Scores(NamedTuple):
+    """Rows sorted by key and then by method as given; features by method, in the order of the keys."""
+
+    rows: list[dict[str, Any]]
+    features: dict[str, list[Features]]
+
+
+class Drawer:
+    """Makes the image of one contender."""
+
+    def __init__(self, contender: Contender, *, scale: int, device: str) -> None:
+        self.scale, self.upscaler = scale, None
+        self.interpolate = INTERPOLATIONS[contender.method] if contender.model is None else None
+        if contender.model is not None:
+            network: SuperResolver = model_from_files(load_files(contender.model))[0]
+            recipe = SamplingRecipe(**contender.recipe or {})
+            if contender.regression:
+                network, recipe = regression_of(network), replace(recipe, num_samples=1, choice="first")
+            self.upscaler = Upscaler(network, recipe, device=device, regression=False)
+            self._warm_up()
+
+    def __call__(self, loaded: Loaded) -> Made:
+        """Return what it makes of an LR image. Raises Refused."""
+        if self.interpolate is not None:
+            return Made(self.interpolate(loaded.lr, self.scale))
+        assert self.upscaler is not None
+        check_channels(self.upscaler, loaded.lr.shape[2])
+        recipe = self.upscaler.recipe
+        try:
+            found = self.upscaler(loaded.lr, digest=loaded.digest)
+            samples = [found.sr] if recipe.num_samples > 1 and recipe.choice == "first" else []
+            for index in range(len(samples), recipe.num_samples if recipe.num_samples > 1 else 0):
+                samples.append(self._sample(index)(loaded.lr, digest=loaded.digest).sr)
+        except NotFiniteError as error:
+            raise Refused("score", "nan", str(error)) from None
+        height, width = loaded.lr.shape[:2]
+        return Made(
+            cast(NDArray[np.uint8], found.sr),
+            np.stack(samples) if samples else None,
+            found.uncertainty,
+            tiles(max(height, recipe.tile), max(width, recipe.tile), tile=recipe.tile, halo=recipe.halo)
+            if max(height, width) <= recipe.window
+            else None,
+            found.seconds,
+        )
+
+    def _sample(self, index: int, **changes: Any) -> Upscaler:
+        """Return the upscaler that draws one of the samples alone."""
+        assert self.upscaler is not None
+        other = copy.copy(self.upscaler)
+        other.recipe = replace(other.recipe, sample_index=index, num_samples=1, choice="first", **changes)
+        if other.model.denoiser is not None:
+            other.grid = other.grid_from(other.recipe.start_level)
+        return other
+
+    def _warm_up(self) -> None:
+        """Make a call of each network: the first pays for torch's own start, which is no image's."""
+        assert self.upscaler is not None
+        one = self._sample(0, num_steps=1)
+        with suppress(NotFiniteError):
+            one(np.zeros((1, 1, one.model.config.encoder.lr_channels), np.uint8), digest="")
 
 
 class Scorer:
-    """Scores images with one model and its baselines; built once per process from plain arguments."""
+    """Scores images; built once per process from plain arguments."""
 
     def __init__(
-        self, *, model: str, recipe: dict[str, Any], baselines: Sequence[str], source: str, degradation: str
+        self,
+        *,
+        contenders: Sequence[Mapping[str, Any]],
+        loader: Mapping[str, Any],
+        meter: Mapping[str, Any],
+        device: str = "cpu",
     ) -> None:
-        network, _ = model_from_files(load_files(model))
-        self.upscaler = Upscaler(network, SamplingRecipe(**recipe))
-        self.baselines, self.source, self.degradation = tuple(baselines), source, degradation
-        self.scale = network.config.scale
+        self.load = Loader(**loader)
+        scale = self.load.scale
+        self.meter = Meter(MeterSettings(**meter), scale=scale)
+        self.drawers = {each["method"]: Drawer(Contender(**each), scale=scale, device=device) for each in contenders}
 
-    def images(self, item: dict[str, str]) -> dict[str, np.ndarray]:
-        """Return lr, hr and each method's output, uint8 HWC. Raises Refused."""
-        if item["place"]:
-            hr_blob, data = read_pair(self.source, item["place"])
-            hr, lr = decode_blob(hr_blob), decode_blob(data)
-            if {hr.dtype, lr.dtype} != {np.dtype(np.uint8)}:
-                raise Refused("score", "unsupported_mode", f"{hr.dtype} and {lr.dtype} samples; 8 bits are scored")
-        else:
-            data = read_source(self.source, item)
-            pixels = decode(data).pixels
-            least = SSIM_WINDOW_PX + 2 * self.scale
-            if min(pixels.shape[:2]) < least:
-                size = f"{pixels.shape[0]}x{pixels.shape[1]} px"
-                raise Refused("score", "too_small", f"{size}: each side must be at least {least} px to be scored")
-            hr = crop_to_multiple(pixels, self.scale)
-            seed = int(storage.digest_bytes(data)[:14], 16)  # of the content: whoever scores it makes the same LR
-            lr = Degradation(**json.loads(self.degradation)).apply(hr, seed=seed, jpeg=jpeg_codec)
-        check_channels(self.upscaler, lr.shape[2])
-        result = self.upscaler(lr, digest=storage.digest_bytes(data))
-        made = {"bicubic": bicubic(lr, self.scale), "model": result.sr}
-        if result.regression is not None:
-            made["regression"] = result.regression
-        return {"lr": lr, "hr": hr, **{name: made[name] for name in (*self.baselines, "model")}}
+    def __call__(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return a row per method; where a network gives features, one of method "hr" as well, with nothing else.
 
-    def __call__(self, item: dict[str, str]) -> dict[str, Any]:
-        """Return one row: key, reason (empty when scored), seconds, and `<method>_<metric>` values.
-
-        An item with a `strip` has its crops written there: pictures never pass through the driver.
+        An item with a `side` is not measured: its one row has the crops of this side (HR px) in `crops`.
         """
-        started = time.monotonic()
-        row: dict[str, Any] = {"key": item["key"], "reason": "", "message": ""}
+        if item.get("side"):
+            return [{"key": item["key"], "crops": self._crops(item)}]
+        rows: list[dict[str, Any]] = [
+            {"key": item["key"], "method": method, "reason": "", "message": ""} for method in self.drawers
+        ]
         try:
-            images = self.images(item)
+            loaded = self.load(item)
         except Refused as refused:
-            return {**row, "reason": refused.reason, "message": refused.message, "seconds": time.monotonic() - started}
-        row["seconds"] = time.monotonic() - started
-        for method in (*self.baselines, "model"):
-            scores = score(images["hr"], images[method], images["lr"], scale=self.scale)
-            row |= {f"{method}_{name}": value for name, value in scores.items()}
-        if item["strip"]:
-            storage.publish(item["strip"], strip(images, scale=self.scale, side=STRIP_PX))
-        return row
+            return [row | {"reason": refused.reason, "message": refused.message} for row in rows]
+        for row in rows:
+            started = time.perf_counter()
+            try:
+                made = self.drawers[row["method"]](loaded)
+            except Refused as refused:
+                row |= {"reason": refused.reason, "message": refused.message}
+                continue
+            seconds, megapixels = time.perf_counter() - started, made.sr.shape[0] * made.sr.shape[1] / 1e6
+            row |= self.meter(
+                made.sr, lr=loaded.lr, hr=loaded.hr, seams=made.seams, samples=made.samples, label=item.get("label")
+            )
+            row |= {"seconds": seconds, "device_s": made.device_s, "megapixels": megapixels}
+            row |= {"seconds_per_mp": seconds / megapixels, "device_s_per_mp": made.device_s / megapixels}
+            row |= self._features(made.sr)
+        if features := self._features(loaded.hr):
+            rows.append({"key": item["key"], "method": "hr", **features})
+        return rows
 
+    def _crops(self, item: Mapping[str, Any]) -> dict[str, str]:
+        try:
+            loaded = self.load(item)
+            images = {method: drawer(loaded) for method, drawer in self.drawers.items()}
+        except Refused:
+            return {}
+        crops = detailed_crops(loaded, images, scale=self.load.scale, side=item["side"])
+        return {name: b64encode(png).decode() for name, png in crops.items()}
 
-def score(hr: np.ndarray, sr: np.ndarray, lr: np.ndarray, *, scale: int) -> dict[str, float]:
-    """Return PSNR and SSIM in all channels and in Y (border = scale), and LR-PSNR; dB, -, dB, -, dB."""
-    y_hr, y_sr = (rgb_to_y(x) if x.shape[2] == 3 else x[:, :, 0].astype(np.float64) for x in (hr, sr))
-    return {
-        "psnr": psnr(hr, sr, border=scale),
-        "ssim": ssim(hr, sr, border=scale),
-        "psnr_y": psnr(y_hr, y_sr, border=scale),
-        "ssim_y": ssim(y_hr, y_sr, border=scale),
-        "lr_psnr": lr_psnr(lr, sr, scale=scale),
-    }
+    def _features(self, image: NDArray[np.uint8]) -> dict[str, list[str]]:
+        features = self.meter.features(image)
+        if features is None:
+            return {}
+        return {FEATURES: [b64encode(part.astype(np.float32).tobytes()).decode() for part in features]}
 
 
 class ScoringActor:
@@ -153,69 +191,79 @@ class ScoringActor:
         self.scorer = Scorer(**arguments)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        return {"row": json.dumps(self.scorer(row))}
+        return {"rows": json.dumps(self.scorer(json.loads(row["item"])))}
 
 
 def score_dataset(
     dataset: Dataset,
-    model: ResolvedModel,
-    recipe: SamplingRecipe,
+    contenders: Sequence[Contender],
     *,
-    baselines: Sequence[str],
-    output: str,
+    meter: MeterSettings,
     engine: str,
     num_workers: int,
     label: str,
-    num_strips: int = 0,
-) -> list[dict[str, Any]]:
-    """Return one row per image, sorted by key. The model's files are copied below the output for the workers.
-
-    The first num_strips images leave their crops in `<output>/strips/NN.png`, in the data set's order.
-    """
-    arguments = {
-        "model": publish_model(model, output),
-        "recipe": asdict(recipe),
-        "baselines": list(baselines),
-        "source": dataset.source,
-        "degradation": dataset.degradation,
-    }
-    work = [
-        {**asdict(item), "strip": storage.join(output, "strips", f"{index:02d}.png") if index < num_strips else ""}
-        for index, item in enumerate(dataset.items)
-    ]
-    rows = progress(_rows(work, arguments, engine, num_workers), total=len(work), label=label)
-    return sorted(rows, key=lambda row: str(row["key"]))
+    labels: Mapping[str, int] | None = None,
+    use_gpu: bool = False,
+) -> Scores:
+    """Return the rows of every image and contender. labels: class of each key, for top-1 and top-5."""
+    work = [asdict(item) | {"label": (labels or {}).get(item.key)} for item in dataset.items]
+    rows = list(_scored(work, dataset, contenders, meter, engine, num_workers, label, use_gpu))
+    order = {method: index for index, method in enumerate([*(each.method for each in contenders), "hr"])}
+    rows.sort(key=lambda row: (str(row["key"]), order[row["method"]]))
+    features: dict[str, list[Features]] = {}
+    for row in rows:
+        if (packed := row.pop(FEATURES, None)) is not None:
+            parts = (np.frombuffer(b64decode(part), np.float32) for part in packed)
+            features.setdefault(row["method"], []).append(Features(*parts))
+    return Scores([row for row in rows if row["method"] != "hr"], features)
 
 
-def _rows(
-    work: list[dict[str, Any]], arguments: dict[str, Any], engine: str, num_workers: int
+def draw_pictures(
+    dataset: Dataset,
+    contenders: Sequence[Contender],
+    keys: Collection[str],
+    *,
+    side: int,
+    engine: str,
+    num_workers: int,
+    label: str,
+    use_gpu: bool = False,
+) -> dict[str, dict[str, bytes]]:
+    """Return PNG crops, `side` HR px each way, of these keys by name: see `detailed_crops`. What was scored is drawn
+    once more, as it was; an image that could not be scored is left out."""
+    work = [asdict(item) | {"side": side} for item in dataset.items if item.key in keys]
+    rows = _scored(work, dataset, contenders, MeterSettings(names=()), engine, num_workers, label, use_gpu)
+    found = {row["key"]: {name: b64decode(png) for name, png in row["crops"].items()} for row in rows}
+    return {key: crops for key, crops in found.items() if crops}
+
+
+def _scored(
+    work: list[dict[str, Any]],
+    dataset: Dataset,
+    contenders: Sequence[Contender],
+    meter: MeterSettings,
+    engine: str,
+    num_workers: int,
+    label: str,
+    use_gpu: bool,
 ) -> Iterator[dict[str, Any]]:
+    arguments = {
+        "contenders": [asdict(each) for each in contenders],
+        "loader": dataset.loader(),
+        "meter": asdict(meter),
+        "device": "cuda" if use_gpu else "cpu",
+    }
     check_engine(engine, num_workers)
+    for rows in progress(_run(work, arguments, engine, num_workers, use_gpu), total=len(work), label=label):
+        yield from rows
+
+
+def _run(
+    work: list[dict[str, Any]], arguments: dict[str, Any], engine: str, num_workers: int, use_gpu: bool
+) -> Iterator[list[dict[str, Any]]]:
     if engine == "local":
-        scorer = Scorer(**arguments)
-        for item in work:
-            yield scorer(item)
+        yield from map(Scorer(**arguments), work)
         return
-    for row in map_actors(work, ScoringActor, {"arguments": arguments}, num_workers=num_workers):
-        yield json.loads(row["row"])
-
-
-def strip(images: dict[str, np.ndarray], *, scale: int, side: int) -> bytes:
-    """Return a PNG of the most detailed square crop (HR pixels), methods side by side: LR first, HR last."""
-    hr = images["hr"]
-    side = min(side // scale * scale, *(size // scale * scale for size in hr.shape[:2]))
-    y, x = _detailed_corner(hr, side, scale)
-    tiles = [np.kron(images["lr"][y // scale : (y + side) // scale, x // scale : (x + side) // scale], _square(scale))]
-    tiles += [images[name][y : y + side, x : x + side] for name in images if name not in ("lr", "hr")]
-    tiles += [hr[y : y + side, x : x + side]]
-    return encode_blob(np.ascontiguousarray(np.concatenate(tiles, axis=1).astype(np.uint8)), "png")
-
-
-def _square(scale: int) -> np.ndarray:
-    return np.ones((scale, scale, 1), np.uint8)
-
-
-def _detailed_corner(hr: np.ndarray, side: int, scale: int) -> tuple[int, int]:
-    step = max(scale, side // 4 // scale * scale)
-    corners = [(y, x) for y in range(0, hr.shape[0] - side + 1, step) for x in range(0, hr.shape[1] - side + 1, step)]
-    return max(corners, key=lambda c: float(hr[c[0] : c[0] + side, c[1] : c[1] + side].std()))
+    items = [{"item": json.dumps(item)} for item in work]
+    for row in map_actors(items, ScoringActor, {"arguments": arguments}, num_workers=num_workers, use_gpu=use_gpu):
+        yield json.loads(row["rows"])
