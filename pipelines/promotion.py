@@ -1,19 +1,34 @@
-"""Job 4: champion and challenger on the same images, seeds and steps; the alias moves only on evidence."""
+"""Job 4: champion and challenger on the same images, seeds and steps; the alias moves only on evidence.
 
-import json
-from dataclasses import asdict, dataclass, field
+Two promotions of one model in one output keep each other out by a lease; elsewhere the champion that was read first is
+read again just before the alias moves (`registry.move_champion`). A rollback asks for no lease: it must not wait.
+"""
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from diffsr_core.checkpoint import model_from_files
 from diffsr_core.degradation import Degradation
+from diffsr_core.family import ModelConfig
 from pipelines import storage
 from pipelines.config import check
+from pipelines.datasets import Dataset, open_dataset
 from pipelines.engine import say
-from pipelines.gate import Rules, Verdict, judge
-from pipelines.models import ResolvedModel, resolve
-from pipelines.runs import Summary
+from pipelines.gate import BICUBIC, CHALLENGER, CHAMPION, Facts, Signature, judge, summarise
+from pipelines.lease import Lease
+from pipelines.measures import FROM_ROWS, MEASURES, MeterSettings, check_settings
+from pipelines.models import resolve
+from pipelines.rules import Floor, Rules, parse_rules, to_yaml
+from pipelines.runs import Summary, new_run_id
 from pipelines.sampling import SamplingConfig
-from pipelines.scoring import METRICS, Dataset, open_dataset, score_dataset
+from pipelines.scoring import Contender, score_dataset
+from pipelines.verdict import Evidence
+from pipelines.webhook import check_webhook, place_of, send
 
 REFUSED_EXIT = 4
 
@@ -29,104 +44,200 @@ class PromoteConfig(SamplingConfig):
     dataset: str | None = field(default=None, metadata={"unit": "URI"})
     """Folder of HR images, or a pair set; needed unless --rollback."""
     output: str = field(default="diffsr-promotion", metadata={"unit": "URI"})
-    """Where the verdict is written (workers read the models from below it)."""
+    """Where the verdict is written, below NAME/vVERSION (workers read the models from below it)."""
     rollback: bool = False
     """Give the alias back to the previous champion; the version that loses it is only promoted again by its number."""
     split: str = "test"
     """Split of a pair set that is scored."""
     degradation: str = "bicubic"
     """Recipe that makes LR from a folder's HR images: a name or JSON, as for make_pairs."""
-    primary: str = field(default="psnr_y", metadata={"group": "rules"})
-    """Metric that must improve: psnr, ssim, psnr_y, ssim_y or lr_psnr."""
-    min_gain: float = 0.0
+    webhook: str | None = field(default=None, metadata={"unit": "URL"})
+    """http(s) address that gets the verdict as JSON by POST, signed with DIFFSR_WEBHOOK_SECRET where that is set."""
+    rules: str | None = field(default=None, metadata={"unit": "URI", "group": "rules"})
+    """YAML file of the rules; default: those that --dry-run shows. The flags below win over it."""
+    primary: str | None = None
+    """Metric that must improve, such as psnr_y."""
+    min_gain: float | None = None
     """The primary metric must improve by more than this."""
-    ssim_margin: float = 0.005
+    ssim_margin: float | None = None
     """SSIM may fall by this at most."""
-    lr_psnr_floor: float = 45.0
+    lr_psnr_floor: float | None = None
     """Every image's LR-PSNR must reach this, in dB."""
-    max_latency_ratio: float = 2.0
-    """Seconds per image may grow by this factor at most."""
+    max_latency_ratio: float | None = None
+    """Device seconds per megapixel may grow by this factor at most."""
+    niqe: str | None = field(default=None, metadata={"unit": "FILE", "group": "weights of metrics"})
+    """NIQE's parameters, where a rule names niqe."""
+    lpips: str | None = field(default=None, metadata={"unit": "FOLDER"})
+    """Folder of LPIPS's weights, where a rule names lpips."""
     engine: Literal["ray", "local"] = field(default="ray", metadata={"group": "running"})
     """Ray Data actors, or a plain loop in this process."""
     num_workers: int = 1
     """Actors, one CPU each."""
     dry_run: bool = False
-    """Say what would be compared, and stop."""
+    """Say what would be compared and by which rules, and stop."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.rollback or self.dataset is not None, "dataset", self.dataset, "must be given", "use --dataset URI")
-        check(self.primary in METRICS, "primary", self.primary, f"must be one of {', '.join(METRICS)}", "use psnr_y")
         check(self.challenger is None or self.challenger >= 1, "challenger", self.challenger,
               "must be a version, 1 or more", "leave it out for the newest")  # fmt: skip
+        check(self.model not in (".", "..") and "/" not in self.model, "model", self.model,
+              "must be the name of a registered model", "leave out models:/ and the version")  # fmt: skip
         Degradation.parse(self.degradation, 2)  # the scale is the model's, not known yet
-        check(self.ssim_margin >= 0, "ssim_margin", self.ssim_margin, "must be at least 0", "use 0.005")
-        check(self.max_latency_ratio > 0, "max_latency_ratio", self.max_latency_ratio, "must be above 0", "use 2")
+        check_webhook(self.webhook)
+        self.with_flags(Rules())
         check(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1", "use 1 or more")
 
-    def rules(self) -> Rules:
-        """Return the rules of the gate."""
-        return Rules(
-            primary=self.primary,
-            min_gain=self.min_gain,
-            guarded={} if self.primary == "ssim" else {"ssim": self.ssim_margin},
-            lr_psnr_floor=self.lr_psnr_floor,
-            max_latency_ratio=self.max_latency_ratio,
-        )
+    def with_flags(self, rules: Rules) -> Rules:
+        """Return the rules with those that flags give in their place. Raises ValueError for a flag that is no rule."""
+        given = {"metric": self.primary, "min_gain": self.min_gain}
+        primary = replace(rules.primary, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        guarded, floors, latency = dict(rules.guarded), dict(rules.floors), rules.latency
+        if self.ssim_margin is not None:
+            guarded["ssim"] = self.ssim_margin
+        if self.lr_psnr_floor is not None:
+            floors["lr_psnr"] = Floor(per_image_min=self.lr_psnr_floor)
+        if self.max_latency_ratio is not None:
+            latency = replace(latency, max_ratio=self.max_latency_ratio)
+        return replace(rules, primary=primary, guarded=guarded, floors=floors, latency=latency)
+
+    def resolved_rules(self) -> Rules:
+        """Return the rules of the file, or the default ones, and of the flags. Raises ValueError, OSError."""
+        rules = Rules()
+        if self.rules is not None:
+            rules = parse_rules(storage.read_bytes(self.rules).decode(errors="replace"), name=f"rules ({self.rules})")
+        return self.with_flags(rules)
+
+    def meter(self, rules: Rules) -> MeterSettings:
+        """Return what is measured: what needs no file, and what a file is given for. Raises ValueError, as for a rule
+        on a metric that is not among them."""
+        meter = MeterSettings(niqe=self.niqe, lpips=self.lpips)
+        measured = (*meter.measures, *FROM_ROWS)
+        for name in rules.metrics():
+            check(name in measured, "rules", name, "is not measured", "use niqe and lpips with their flags, or another")
+        check_settings(meter)
+        return meter
 
 
 def promote(config: PromoteConfig) -> Summary:
-    """Run the job; return its summary, exit code 4 when the gate refuses. Raises ValueError."""
-    from pipelines import tracking
+    """Run the job; return its summary, exit code 4 when the gate refuses. Raises ValueError, LeaseHeld."""
+    from pipelines import registry, tracking
 
     client = tracking.connect()
-    champion = tracking.alias_version(client, config.model, tracking.CHAMPION)
+    champion = registry.alias_version(client, config.model, registry.CHAMPION)
     if config.rollback:
         return _rollback(config, client, champion)
-    version = config.challenger or tracking.newest_version(client, config.model)
+    rules = config.resolved_rules()
+    meter = config.meter(rules)
+    version = config.challenger or registry.newest_version(client, config.model)
     if version == champion:
         say(f"promote: nothing to do, {config.model} v{version} is the champion")
         return Summary(job="promote", run_id="none", status="done", unchanged=1)
     challenger = resolve(f"models:/{config.model}/{version}")
     holder = None if champion is None else resolve(f"models:/{config.model}/{champion}")
-    configs = [model_from_files(model.files)[0].config for model in (challenger, holder) if model is not None]
-    for each in configs:
-        config.sampling().check_fits(each)  # before any work is planned
-    scale = configs[0].scale
-    if scale != configs[-1].scale:
-        raise ValueError(
-            f"challenger (x{scale}) must be of the champion's scale (x{configs[-1].scale}) to be compared with it; "
-            "register it under another name"
-        )
+    models = {CHALLENGER: challenger} | ({} if holder is None else {CHAMPION: holder})
+    configs = {method: model_from_files(model.files)[0].config for method, model in models.items()}
+    recipes = {method: config.sampling(model.sampling) for method, model in models.items()}
+    for method, recipe in recipes.items():
+        recipe.check_fits(configs[method])  # before any work is planned
     assert config.dataset is not None
+    scale = next(reversed(configs.values())).scale  # the champion's, where there is one
     dataset = open_dataset(config.dataset, split=config.split, degradation=config.degradation, scale=scale)
+    facts = Facts(
+        num_images=len(dataset.items),
+        challenger=_signature(configs[CHALLENGER]),
+        champion=None if holder is None else _signature(configs[CHAMPION]),
+    )
     against = "bicubic, as there is no champion yet" if holder is None else holder.label
     say(f"promote: {challenger.label} against {against}, {len(dataset.items)} images")
     if config.dry_run:
+        say(to_yaml(rules))
         return Summary(job="promote", run_id="none", status="planned", inputs=1)
-    rows = _score(config, dataset, challenger)
-    verdict = judge(rows, None if holder is None else _score(config, dataset, holder), config.rules())
-    for line in verdict.lines():
+    with Lease(storage.join(config.output, config.model), run_id=new_run_id("promote")):
+        contenders = [
+            Contender.of(model, recipes[method], method=method, output=config.output)
+            for method, model in models.items()
+        ]
+        rows = _score(config, dataset, [*contenders, Contender(method=BICUBIC)], meter, facts)
+        evidence = Evidence(
+            model=config.model,
+            challenger=challenger,
+            champion=holder,
+            dataset={"source": dataset.source, "digest": dataset.digest, "images": len(dataset.items)},
+            sampling={method: asdict(recipe) for method, recipe in recipes.items()},
+            facts=facts,
+            rules=rules,
+            verdict=judge(rows, rules, facts),
+            summary=summarise(rows, (CHALLENGER, CHAMPION, BICUBIC), list(MEASURES)),
+        )
+        return _conclude(config, client, evidence, rows, dataset)
+
+
+def _score(
+    config: PromoteConfig, dataset: Dataset, contenders: list[Contender], meter: MeterSettings, facts: Facts
+) -> list[dict[str, Any]]:
+    """Return the rows of all; none for a challenger of another signature, which is refused without any work."""
+    if facts.champion not in (None, facts.challenger):
+        return []
+    return score_dataset(
+        dataset, contenders, meter=meter, engine=config.engine, num_workers=config.num_workers, label="promote"
+    ).rows
+
+
+def _conclude(
+    config: PromoteConfig, client: Any, evidence: Evidence, rows: list[dict[str, Any]], dataset: Dataset
+) -> Summary:
+    """Publish the evidence, log it, move the alias where every rule holds, and tell the webhook."""
+    from pipelines import registry, tracking
+
+    passed, version = evidence.verdict.passed, evidence.challenger.version
+    expected = None if evidence.champion is None else evidence.champion.version
+    assert version is not None
+    for line in evidence.verdict.lines():
         say(f"promote: {line}")
-    report = storage.join(config.output, f"{config.model}-v{version}.json")
-    storage.publish(report, _document(config, dataset, version, champion, verdict).encode())
-    with tracking.run(f"promote {challenger.label}", params=asdict(config)) as run_id:
-        metrics = {"promoted": float(verdict.promoted)}
-        tracking.log_evaluation(metrics, digest=dataset.digest, source=dataset.source, artifacts=[report])
-    if verdict.promoted:
-        tracking.move_champion(client, config.model, version, expected=champion, evidence=run_id)
+    outputs = _publish(storage.join(config.output, config.model, f"v{version}"), evidence, rows)
+    params = {**asdict(config), "webhook": config.webhook and place_of(config.webhook)}  # its path may be a secret
+    params |= {"challenger_digest": evidence.challenger.digest, "challenger_version": version}
+    if evidence.champion is not None:
+        params |= {"champion_digest": evidence.champion.digest, "champion_version": expected}
+    with tracking.run(f"promote {evidence.challenger.label}", params=params) as run_id:
+        tracking.log_evaluation(
+            evidence.metrics(),
+            digest=dataset.digest,
+            source=dataset.source,
+            artifacts=outputs,
+            model=evidence.challenger,
+        )
+    told = {registry.VERDICT: evidence.document()["verdict"], registry.EVIDENCE: run_id}
+    tracking.tag_version(client, config.model, version, told)
+    if passed:
+        registry.move_champion(client, config.model, version, expected=expected, evidence=run_id)
         say(f"promote: {config.model} v{version} is the champion now")
     else:
-        say(f"promote: refused; the champion stays {'none' if champion is None else f'v{champion}'}")
-    return Summary(job="promote", run_id=run_id, status="done" if verdict.promoted else "refused", inputs=1,
-                   done=int(verdict.promoted), outputs=[report], metrics={"promoted": float(verdict.promoted)},
-                   exit_code=0 if verdict.promoted else REFUSED_EXIT)  # fmt: skip
+        say(f"promote: refused; the champion stays {'none' if expected is None else f'v{expected}'}")
+    event = "promoted" if passed else "refused"
+    _tell(config, {"event": event, "run_id": run_id, "now": version if passed else expected, **evidence.document()})
+    return Summary(job="promote", run_id=run_id, status="done" if passed else "refused", inputs=1,
+                   done=int(passed), outputs=outputs, metrics=evidence.metrics(),
+                   exit_code=0 if passed else REFUSED_EXIT)  # fmt: skip
+
+
+def _publish(folder: str, evidence: Evidence, rows: list[dict[str, Any]]) -> list[str]:
+    """Write the evidence's files and the rows; return their URIs."""
+    files = evidence.files()
+    if rows:
+        columns, sink = dict.fromkeys(name for row in rows for name in row), io.BytesIO()
+        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), sink)
+        files["rows.parquet"] = sink.getvalue()
+    for name, data in files.items():
+        storage.publish(storage.join(folder, name), data)
+    return [storage.join(folder, name) for name in files]
 
 
 def _rollback(config: PromoteConfig, client: Any, champion: int | None) -> Summary:
-    from pipelines import tracking
+    from pipelines import registry
 
-    previous = tracking.alias_version(client, config.model, tracking.PREVIOUS)
+    previous = registry.alias_version(client, config.model, registry.PREVIOUS)
     if previous is None or champion is None:
         raise ValueError(
             f"model ({config.model}) must have a previous champion to roll back to; it has none: to move the alias "
@@ -138,33 +249,22 @@ def _rollback(config: PromoteConfig, client: Any, champion: int | None) -> Summa
             "promotion or rollback was cut short; promote the version that you want with --challenger"
         )
     if not config.dry_run:
-        tracking.restore_champion(client, config.model, previous, expected=champion)
+        registry.restore_champion(client, config.model, previous, expected=champion)
+        _tell(config, {"event": "rolled_back", "model": config.model, "from": champion, "now": previous})
     verb = "would be" if config.dry_run else "is"
     say(f"promote: {config.model} v{previous} {verb} the champion again, not v{champion}")
     return Summary(job="promote", run_id="none", status="planned" if config.dry_run else "done", inputs=1,
                    done=int(not config.dry_run))  # fmt: skip
 
 
-def _score(config: PromoteConfig, dataset: Dataset, model: ResolvedModel) -> list[dict[str, Any]]:
-    return score_dataset(
-        dataset,
-        model,
-        config.sampling(),
-        baselines=("bicubic",),
-        output=config.output,
-        engine=config.engine,
-        num_workers=config.num_workers,
-        label=f"promote {model.label}",
-    )
+def _tell(config: PromoteConfig, document: Mapping[str, Any]) -> None:
+    if config.webhook is not None:
+        send(config.webhook, document)
 
 
-def _document(config: PromoteConfig, dataset: Dataset, version: int, champion: int | None, verdict: Verdict) -> str:
-    document = {
-        "model": config.model,
-        "challenger": version,
-        "champion": champion,
-        "dataset": {"source": dataset.source, "digest": dataset.digest, "images": len(dataset.items)},
-        "promoted": verdict.promoted,
-        "checks": [check._asdict() for check in verdict.checks],
-    }
-    return json.dumps(document, indent=1)
+def _signature(config: ModelConfig) -> Signature:
+    encoder = config.encoder
+    takes = "image and maps" if encoder.extra_channels else "image"
+    if encoder.condition_channels == 0 and not encoder.regresses:
+        takes = "noise alone"
+    return Signature(scale=config.scale, channels_in=encoder.lr_channels, channels_out=encoder.channels, takes=takes)

@@ -1,4 +1,4 @@
-"""MLflow: runs, data sets, logged models, versions and aliases. Nothing here unpickles (law 5)."""
+"""MLflow: runs, data sets, logged models and their versions. Nothing here unpickles (law 5)."""
 
 import json
 import os
@@ -19,19 +19,21 @@ from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
 from diffsr_core import checkpoint
 from pipelines import provenance, storage
-from pipelines.engine import say
 from pipelines.manifest import Manifest, pinned_uri
 from pipelines.mlflow_store import EXPERIMENT as EXPERIMENT
 from pipelines.mlflow_store import connect as connect
 from pipelines.mlflow_store import impatient, place
+from pipelines.registry import is_missing
 
 if TYPE_CHECKING:
+    from pipelines.models import ResolvedModel
     from pipelines.night import Night
 
-CHAMPION, PREVIOUS = "champion", "previous_champion"
-ROLLED_BACK = "diffsr.rolled_back"  # tag of a version that was champion and was rolled back from
 PAIRS_DIGEST = "diffsr.pairs_digest"  # tag of the run that made a pair set: the whole digest of its manifest
 COMMIT = "diffsr.commit"
+# What the pyfunc face imports.
+PIP_REQUIREMENTS = ["torch", "numpy", "pillow", "pyarrow", "pydantic", "pydantic-settings", "pyvips[binary]", "pyyaml",
+                    "safetensors", "fsspec"]  # fmt: skip
 MAX_TAG = 500  # characters that every store takes
 _NOT_A_NAME = re.compile(r"[^\w.\- /]", re.ASCII)  # what MLflow does not take in the name of a metric
 
@@ -184,6 +186,8 @@ def log_model(
 
     tags: of the logged model, shown and searched in MLflow. metadata: goes into its MLmodel file, with the model.
     """
+    from pipelines.pictures import OPERATOR, usual_params  # torch, which most who log need not
+
     here = Path(__file__).resolve().parent
     with tempfile.TemporaryDirectory(prefix="diffsr-") as folder:
         home = Path(folder) / "model"  # MLflow keeps this name: resolve() finds the folder by it
@@ -193,8 +197,9 @@ def log_model(
             python_model=str(here / "served.py"),
             artifacts={"model": str(home)},
             code_paths=[str(here), str(here.parent / "diffsr_core")],
-            input_example=[example],
-            pip_requirements=["torch", "numpy", "pillow", "pyvips[binary]", "safetensors", "fsspec"],
+            input_example=([example], usual_params(files)),
+            model_config=dict(OPERATOR),
+            pip_requirements=PIP_REQUIREMENTS,
             tags=dict(tags or {}),
             metadata=dict(metadata or {}),
         )
@@ -215,7 +220,7 @@ def register_model(uri: str, name: str, *, tags: Mapping[str, str] | None = None
     try:
         return int(mlflow.register_model(uri, name, tags=dict(tags or {})).version)
     except MlflowException as error:
-        if not _is_missing(error):
+        if not is_missing(error):
             raise
         raise ValueError(
             f"model ({uri}) must be in the store at {place()} to be registered: "
@@ -229,10 +234,6 @@ def tag_version(client: mlflow.MlflowClient, name: str, version: int, tags: Mapp
     for key, value in tags.items():
         if before.get(key) != value:
             client.set_model_version_tag(name, str(version), key, value)
-
-
-def _is_missing(error: MlflowException) -> bool:
-    return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
 
 
 def version_of(ref: str) -> ModelVersion:
@@ -253,24 +254,27 @@ def download(entry: ModelVersion, folder: str) -> str:
     return str(mlflow.artifacts.download_artifacts(f"models:/{entry.name}/{entry.version}", dst_path=folder))
 
 
-def alias_version(client: mlflow.MlflowClient, name: str, alias: str) -> int | None:
-    """Return the version that an alias points to, or None where there is no such alias or model.
+def log_evaluation(
+    metrics: Mapping[str, float],
+    *,
+    digest: str,
+    source: str,
+    artifacts: list[str],
+    model: "ResolvedModel | None" = None,
+) -> None:
+    """Log scores, the data set's digest and the files of an evaluation to the current run.
 
-    Any other error of the registry passes through: read as "no champion" it would let any model in.
+    model: whose scores they are; those of a registered version are then found beside the model, too.
     """
-    try:
-        value = client.get_registered_model(name).aliases.get(alias)
-    except MlflowException as error:
-        if _is_missing(error):
-            return None
-        raise
-    return None if value is None else int(value)
-
-
-def log_evaluation(metrics: Mapping[str, float], *, digest: str, source: str, artifacts: list[str]) -> None:
-    """Log scores, the data set's digest and the files of an evaluation to the current run."""
-    mlflow.log_metrics(dict(metrics))
-    mlflow.log_input(_dataset(source, "evaluation", digest), context="evaluation")
+    data = _dataset(source, "evaluation", digest)
+    model_id = None
+    if model is not None and model.version is not None:
+        entry = mlflow.MlflowClient().get_model_version(model.name, str(model.version))
+        if (entry.source or "").startswith("models:/m-"):  # MLflow 3's version knows its logged model by this alone
+            model_id = str(entry.source).removeprefix("models:/")
+    named = {_NOT_A_NAME.sub("_", name): value for name, value in metrics.items()}
+    mlflow.log_metrics(named, dataset=data, model_id=model_id)
+    mlflow.log_input(data, context="evaluation")
     _log_files(artifacts)
 
 
@@ -298,55 +302,3 @@ def log_night(night: "Night", artifacts: list[str]) -> str:
         mlflow.log_dict({"failures": [asdict(failed) for failed in night.failures]}, "errors.json")
         _log_files(artifacts)
     return run_id
-
-
-def newest_version(client: mlflow.MlflowClient, name: str) -> int:
-    """Return the highest version of a registered model that was not rolled back; ValueError when there is none."""
-    found = client.search_model_versions(f"name='{name}'")
-    if not found:
-        raise ValueError(f"model ({name}) must have a registered version at {place()}; train one first")
-    versions = [int(entry.version) for entry in found if ROLLED_BACK not in entry.tags]
-    if not versions:
-        raise ValueError(
-            f"model ({name}) must have a version that was not rolled back: train one, or name one with --challenger"
-        )
-    passed = sorted(int(entry.version) for entry in found if int(entry.version) > max(versions))
-    if passed:
-        names = ", ".join(f"v{version}" for version in passed)
-        say(f"promote: {name} {names} was rolled back and is passed over; --challenger would name it")
-    return max(versions)
-
-
-def move_champion(client: mlflow.MlflowClient, name: str, version: int, *, expected: int | None, evidence: str) -> None:
-    """Point the champion alias at a version and keep the old one as previous_champion.
-
-    MLflow has no compare-and-swap for aliases: the alias is read again just before the write, and a champion that is
-    not the one that was judged is a ValueError. The alias moves last: killed before, the champion is the old one with
-    its evidence, previous_champion at most names it as well, and the same promotion goes through.
-    """
-    _check_champion(client, name, expected)
-    client.set_model_version_tag(name, str(version), "diffsr.evidence", evidence)
-    client.set_model_version_tag(name, str(version), "diffsr.promoted_from", str(expected))
-    if expected is not None:
-        client.set_registered_model_alias(name, PREVIOUS, str(expected))
-    client.set_registered_model_alias(name, CHAMPION, str(version))
-    if ROLLED_BACK in client.get_model_version(name, str(version)).tags:
-        client.delete_model_version_tag(name, str(version), ROLLED_BACK)
-
-
-def restore_champion(client: mlflow.MlflowClient, name: str, version: int, *, expected: int) -> None:
-    """Give the champion alias back to the previous champion, and mark the one that loses it as rolled back.
-
-    There is no previous champion afterwards: a second rollback must not bring the bad version back. Killed after the
-    mark, the same rollback goes through; killed after the move, previous_champion names the champion itself.
-    """
-    _check_champion(client, name, expected)
-    client.set_model_version_tag(name, str(expected), ROLLED_BACK, f"to v{version}")
-    client.set_registered_model_alias(name, CHAMPION, str(version))
-    client.delete_registered_model_alias(name, PREVIOUS)
-
-
-def _check_champion(client: mlflow.MlflowClient, name: str, expected: int | None) -> None:
-    found = alias_version(client, name, CHAMPION)
-    if found != expected:
-        raise ValueError(f"champion (v{found}) must still be the one that was compared (v{expected}); promote again")

@@ -1,123 +1,289 @@
-"""Laws of pipelines.gate: promoted exactly when every rule holds, and each rule can refuse alone."""
+"""Laws of pipelines.gate: passed exactly when every rule holds, and each rule can refuse alone."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from pipelines.gate import Rules, judge
+from pipelines.gate import Facts, Signature, judge, summarise
+from pipelines.intervals import paired_interval
+from pipelines.rules import Floor, Latency, Primary, Rules
 
-RULES = Rules(guarded={"ssim": 0.01}, min_gain=0.1)
+RULES = Rules(
+    primary=Primary(metric="psnr_y", min_gain=0.1), guarded={"ssim": 0.01, "colour_drift": 0.5}, floors={
+        "lr_psnr": Floor(per_image_min=45.0)}, latency=Latency(max_ratio=2.0, max_absolute=9.0)
+)  # fmt: skip
+SIGNATURE = Signature(scale=4, channels_in=3, channels_out=3)
+SCORES = {"psnr_y": 30.0, "ssim": 0.9, "lr_psnr": 50.0, "colour_drift": 1.0, "device_s_per_mp": 1.0, "ms_ssim": None}
+RULE_NAMES = [
+    "same signature", "same images", "all scored", "finite", "psnr_y improves", "ssim no worse",
+    "colour_drift no worse", "lr_psnr floor", "latency",
+]  # fmt: skip
+BETTER = {"psnr_y": 30.5}
+COUNT = 5
+EPS = 1e-6
 
 
-def row(key, **fields):
-    scores = {"model_psnr_y": 30.0, "model_ssim": 0.9, "model_lr_psnr": 50.0, "seconds": 1.0}
-    scores |= {"bicubic_psnr_y": 28.0, "bicubic_ssim": 0.88, "bicubic_lr_psnr": 40.0}
-    return {"key": key, "reason": "", "message": "", **scores, **fields}
+def rows(method, count=COUNT, **fields):
+    """Long rows; images differ from one another by the same offset in every method, which pairing removes."""
+    offset = {"psnr_y": lambda i: i * 1.5, "ssim": lambda i: 0.01 * i}
+    scores = SCORES | fields
+    return [
+        {"key": f"{i}.png", "method": method, "reason": "", "message": "", "seconds": 1.0, "megapixels": 1.0}
+        | {name: value + offset.get(name, lambda i: 0.0)(i) if value is not None else None
+           for name, value in scores.items()}
+        for i in range(count)
+    ]  # fmt: skip
 
 
-def rows(count=3, **fields):
-    return [row(f"{i}.png", **fields) for i in range(count)]
+def facts(**changes):
+    return Facts(**{"num_images": COUNT, "challenger": SIGNATURE, "champion": SIGNATURE} | changes)
 
 
-BETTER = {"model_psnr_y": 30.5}
+def verdict_of(scored, champion=None, rules=RULES, **changes):
+    champion = rows("champion") if champion is None else champion
+    return judge([*scored, *champion, *rows("bicubic", psnr_y=99.0)], rules, facts(**changes))
 
 
 def failing(verdict):
     return [check.rule for check in verdict.checks if not check.holds]
 
 
-def test_a_better_challenger_is_promoted_and_every_rule_was_asked():
-    verdict = judge(rows(**BETTER), rows(), RULES)
-    assert verdict.promoted and failing(verdict) == []
-    assert [check.rule for check in verdict.checks] == [
-        "all scored", "finite", "same images", "psnr_y improves", "ssim holds", "lr_psnr floor", "latency",
-    ]  # fmt: skip
+def text_of(verdict, rule):
+    return next(check.text for check in verdict.checks if check.rule == rule)
+
+
+def test_a_better_challenger_passes_and_every_rule_was_asked():
+    verdict = verdict_of(rows("challenger", **BETTER))
+    assert verdict.passed and failing(verdict) == []
+    assert [check.rule for check in verdict.checks] == RULE_NAMES
+    assert "30.00" not in text_of(verdict, "psnr_y improves")  # the means are of these images: 33.5 and 33.0
+    assert "33.50 dB, champion 33.00 dB: gain +0.50 dB [+0.50, +0.50] at 95 %" in text_of(verdict, "psnr_y improves")
 
 
 @pytest.mark.parametrize(
-    ("fields", "rule"),
+    ("holds", "fails", "rule"),
     [
-        ({"model_psnr_y": 30.1 - 1e-6}, "psnr_y improves"),
-        ({**BETTER, "model_ssim": 0.89 - 1e-6}, "ssim holds"),
-        ({**BETTER, "seconds": 2.0 + 1e-6}, "latency"),
+        ({"psnr_y": 30.1 + EPS}, {"psnr_y": 30.1 - EPS}, "psnr_y improves"),
+        ({"ssim": 0.89 + EPS}, {"ssim": 0.89 - EPS}, "ssim no worse"),
+        ({"colour_drift": 1.5 - EPS}, {"colour_drift": 1.5 + EPS}, "colour_drift no worse"),
+        ({"lr_psnr": 45.0}, {"lr_psnr": 45.0 - EPS}, "lr_psnr floor"),
+        ({"device_s_per_mp": 2.0}, {"device_s_per_mp": 2.0 + EPS}, "latency"),
     ],
 )
-def test_each_mean_alone_refuses_just_below_its_bound_and_holds_just_above(fields, rule):
-    verdict = judge(rows(**fields), rows(), RULES)
-    assert not verdict.promoted and failing(verdict) == [rule]
-    above = {"model_psnr_y": 30.1 + 1e-6, "model_ssim": 0.89 + 1e-6, "seconds": 2.0}
-    assert judge(rows(**above), rows(), RULES).promoted
+def test_each_rule_can_refuse_alone_just_beyond_its_bound_and_holds_within(holds, fails, rule):
+    assert verdict_of(rows("challenger", **{**BETTER, **holds})).passed
+    verdict = verdict_of(rows("challenger", **{**BETTER, **fails}))
+    assert not verdict.passed and failing(verdict) == [rule]
 
 
-def test_one_image_below_the_lr_psnr_floor_refuses_whatever_the_mean():
-    challenger = [row("0.png", **BETTER, model_lr_psnr=99.0), row("1.png", **BETTER, model_lr_psnr=44.9)]
-    assert failing(judge(challenger, rows(2), RULES)) == ["lr_psnr floor"]
-    challenger[1]["model_lr_psnr"] = 45.0
-    assert judge(challenger, rows(2), RULES).promoted
+def test_the_absolute_ceiling_refuses_alone_and_holds_for_a_first_promotion_too():
+    rules = replace(RULES, latency=Latency(max_ratio=None, max_absolute=9.0))
+    for champion in (SIGNATURE, None):
+        slow = rows("challenger", psnr_y=200.0, device_s_per_mp=9.0 + EPS)
+        others = [*rows("champion"), *rows("bicubic")]
+        assert failing(judge([*slow, *others], rules, facts(champion=champion))) == ["latency"]
+        quick = rows("challenger", psnr_y=200.0, device_s_per_mp=9.0)
+        assert judge([*quick, *others], rules, facts(champion=champion)).passed
 
 
-def test_one_image_without_a_score_refuses():
-    challenger = [*rows(2, **BETTER), {"key": "2.png", "reason": "corrupt", "message": "", "seconds": 0.1}]
-    assert failing(judge(challenger, rows(), RULES)) == ["all scored"]
+def test_another_signature_refuses_alone_in_each_of_its_parts_and_says_which():
+    for change in ({"scale": 2}, {"channels_in": 4}, {"channels_out": 1}, {"takes": "image and maps"}):
+        other = replace(SIGNATURE, **change)
+        verdict = verdict_of(rows("challenger", **BETTER), challenger=other)
+        assert failing(verdict) == ["same signature"]
+        assert str(other) in text_of(verdict, "same signature") and str(SIGNATURE) in text_of(verdict, "same signature")
 
 
-@pytest.mark.parametrize("champion", [None, rows()])
-def test_no_scores_at_all_refuse(champion):
-    for nothing in ([], [{"key": "0.png", "reason": "corrupt", "message": "", "seconds": 0.1}]):
-        assert failing(judge(nothing, champion, RULES)) == ["all scored"]
+def test_significance_asks_more_than_the_mean_and_can_be_left_out():
+    gains = [0.61, 0.57, -0.52, 0.66, 0.49]
+    challenger = [row | {"psnr_y": row["psnr_y"] + gain} for row, gain in zip(rows("challenger"), gains, strict=True)]
+    interval = paired_interval(
+        [row["psnr_y"] for row in challenger], [row["psnr_y"] for row in rows("champion")], level=0.95
+    )
+    assert interval.low < 0.1 < interval.mean
+    refused = verdict_of(challenger)
+    assert failing(refused) == ["psnr_y improves"] and refused.gains["psnr_y"] == interval
+    by_mean = replace(RULES, primary=replace(RULES.primary, require_significance=False))
+    assert verdict_of(challenger, rules=by_mean).passed
+    bound = replace(by_mean, primary=replace(by_mean.primary, min_gain=interval.mean + EPS))
+    assert failing(verdict_of(challenger, rules=bound)) == ["psnr_y improves"]
+    bound = replace(RULES, primary=replace(RULES.primary, min_gain=interval.low - EPS))
+    assert verdict_of(challenger, rules=bound).passed
+    bound = replace(RULES, primary=replace(RULES.primary, min_gain=interval.low + EPS))
+    assert failing(verdict_of(challenger, rules=bound)) == ["psnr_y improves"]
+    narrower = replace(RULES, primary=replace(RULES.primary, min_gain=interval.low + EPS, level=0.8))
+    assert verdict_of(challenger, rules=narrower).passed
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["model_psnr_y", "model_ssim", "model_lr_psnr", "model_other"])
-def test_a_score_that_is_not_finite_refuses(name, value):
-    challenger = rows(**BETTER)
-    challenger[1][name] = value
-    for champion in (rows(), None):
-        verdict = judge(challenger, champion, RULES)
-        assert not verdict.promoted and "finite" in failing(verdict)
+def test_a_guard_looks_at_the_bad_end_of_the_interval_and_not_at_the_mean():
+    changes = [0.02, 0.02, -0.05, 0.02, 0.02]
+    challenger = [
+        row | {"ssim": row["ssim"] + change} for row, change in zip(rows("challenger", **BETTER), changes, strict=True)
+    ]
+    assert np.mean(changes) > 0 and failing(verdict_of(challenger)) == ["ssim no worse"]
+    low = verdict_of(challenger).gains["ssim"].low
+    for margin, expected in ((-low + EPS, []), (-low - EPS, ["ssim no worse"])):
+        assert failing(verdict_of(challenger, rules=replace(RULES, guarded={"ssim": margin}))) == expected
 
 
-def test_a_champion_score_that_is_not_finite_is_no_reason_to_promote():
-    assert not judge(rows(**BETTER), rows(model_psnr_y=math.nan), RULES).promoted
+def test_a_metric_of_which_less_is_better_improves_downwards():
+    rules = replace(RULES, primary=Primary(metric="lpips", min_gain=0.01), guarded={})
+    champion = rows("champion", lpips=0.5)
+    assert verdict_of(rows("challenger", lpips=0.49 - EPS), champion, rules).passed
+    for worse in (0.49 + EPS, 0.6):
+        assert failing(verdict_of(rows("challenger", lpips=worse), champion, rules)) == ["lpips improves"]
+    assert verdict_of(rows("challenger", lpips=0.4), champion, rules).gains["lpips"].mean == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("side", ["champion", "challenger"])
-def test_an_image_that_only_one_of_the_two_has_refuses(side):
-    whole, short = rows(3), rows(2)
-    pair = (rows(3, **BETTER), short) if side == "champion" else (rows(2, **BETTER), whole)
-    assert failing(judge(*pair, RULES)) == ["same images"]
+def test_one_image_below_a_floor_refuses_whatever_the_mean_and_is_named():
+    challenger = rows("challenger", **BETTER, lr_psnr=99.0)
+    challenger[3]["lr_psnr"] = 44.9
+    verdict = verdict_of(challenger)
+    assert failing(verdict) == ["lr_psnr floor"]
+    assert "1 of 5 images are below" in text_of(verdict, "lr_psnr floor")
+    assert "'3.png' with 44.90 dB" in text_of(verdict, "lr_psnr floor")
 
 
-def test_an_image_that_the_champion_could_not_score_refuses():
-    champion = [*rows(2), {"key": "2.png", "reason": "oom", "message": "", "seconds": 0.1}]
-    assert failing(judge(rows(3, **BETTER), champion, RULES)) == ["same images"]
+@pytest.mark.parametrize("count", [10, 14])
+@pytest.mark.parametrize(("below", "expected"), [(2, []), (3, ["lr_psnr floor"])])
+def test_a_floor_with_a_quantile_leaves_that_share_below(count, below, expected):
+    rules = replace(RULES, floors={"lr_psnr": Floor(per_image_min=45.0, quantile=0.2)})
+    challenger = rows("challenger", count, **BETTER)
+    for row in challenger[:below]:
+        row["lr_psnr"] = 10.0
+    assert failing(verdict_of(challenger, rows("champion", count), rules, num_images=count)) == expected
+
+
+@pytest.mark.parametrize("method", ["challenger", "champion"])
+@pytest.mark.parametrize("gone", ["reason", "row"])
+def test_an_image_that_only_one_of_the_two_scored_refuses(method, gone):
+    both = {"challenger": rows("challenger", **BETTER), "champion": rows("champion")}
+    if gone == "row":
+        del both[method][2]
+    else:
+        both[method][2] = {"key": "2.png", "method": method, "reason": "nan", "message": "NaN"}
+    verdict = verdict_of(both["challenger"], both["champion"])
+    assert failing(verdict) == ["same images"] and "'2.png'" in text_of(verdict, "same images")
+
+
+def test_an_image_twice_refuses_alone():
+    twice = rows("challenger", **BETTER)
+    assert failing(verdict_of([*twice, twice[0]])) == ["same images"]
+
+
+@pytest.mark.parametrize(("dead", "most", "expected"), [(1, 0, ["all scored"]), (1, 1, []), (2, 1, ["all scored"])])
+def test_images_that_nobody_could_score_refuse_beyond_max_dead(dead, most, expected):
+    rotten = [
+        {"key": f"rotten-{i}", "method": method, "reason": "corrupt", "message": ""}
+        for i in range(dead) for method in ("challenger", "champion")
+    ]  # fmt: skip
+    rules = replace(RULES, max_dead=most)
+    assert (
+        failing(verdict_of([*rows("challenger", **BETTER), *rotten], rules=rules, num_images=COUNT + dead)) == expected
+    )
+    unlisted = verdict_of(rows("challenger", **BETTER), rules=rules, num_images=COUNT + dead)
+    assert failing(unlisted) == expected  # also where they have no row at all
+
+
+def test_images_beyond_the_frozen_set_refuse():
+    assert failing(verdict_of(rows("challenger", **BETTER), num_images=COUNT - 1)) == ["all scored"]
+
+
+@pytest.mark.parametrize("champion", [SIGNATURE, None])
+def test_no_scores_at_all_refuse_with_every_check(champion):
+    verdict = judge([], RULES, facts(champion=champion))
+    assert [check.rule for check in verdict.checks] == RULE_NAMES
+    assert failing(verdict) == [name for name in RULE_NAMES if name not in ("same signature", "finite")]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["psnr_y", "ssim", "lr_psnr", "device_s_per_mp", "seam", "seconds"])
+@pytest.mark.parametrize("method", ["challenger", "champion"])
+def test_a_value_that_is_not_finite_refuses_whatever_it_is_of(method, name, value):
+    both = {"challenger": rows("challenger", **BETTER), "champion": rows("champion")}
+    both[method][1][name] = value
+    verdict = verdict_of(both["challenger"], both["champion"])
+    assert "finite" in failing(verdict) and f"{name} of {method} in '1.png'" in text_of(verdict, "finite")
+    if name in ("seam", "seconds"):
+        assert failing(verdict) == ["finite"]
+
+
+@pytest.mark.parametrize("method", ["challenger", "champion"])
+def test_a_metric_of_the_rules_that_one_image_lacks_cannot_be_judged(method):
+    both = {"challenger": rows("challenger", **BETTER), "champion": rows("champion")}
+    both[method][1]["ssim"] = None
+    assert failing(verdict_of(both["challenger"], both["champion"])) == ["ssim no worse"]
+    del both[method][1]["ssim"]
+    assert failing(verdict_of(both["challenger"], both["champion"])) == ["ssim no worse"]
 
 
 def test_images_are_compared_by_key_and_not_by_place():
-    champion = rows(3)
-    champion[0].update(model_psnr_y=10.0, seconds=0.5)
-    assert judge(rows(**BETTER), champion, RULES) == judge(rows(**BETTER), champion[::-1], RULES)
+    challenger = [row | {"psnr_y": row["psnr_y"] + 0.1 * i} for i, row in enumerate(rows("challenger", **BETTER))]
+    assert verdict_of(challenger) == verdict_of(challenger[::-1])
+
+
+def test_the_interval_is_that_of_the_images_in_the_order_of_their_keys():
+    gains = np.random.default_rng(0).normal(1, 1, 10)  # any other order draws other resamples
+    challenger = [
+        row | {"psnr_y": row["psnr_y"] + gain} for row, gain in zip(rows("challenger", 10), gains, strict=True)
+    ]
+    verdict = verdict_of(challenger[::-1], rows("champion", 10), num_images=10)
+    first, second = ([row["psnr_y"] for row in scored] for scored in (challenger, rows("champion", 10)))
+    assert verdict.gains["psnr_y"] == paired_interval(first, second)
+    assert verdict.gains["psnr_y"] != paired_interval(first[::-1], second[::-1])
 
 
 def test_equal_scores_are_no_improvement():
-    assert failing(judge(rows(), rows(), Rules(guarded={}))) == ["psnr_y improves"]
+    rules = replace(RULES, primary=Primary())
+    assert failing(verdict_of(rows("challenger"), rules=rules)) == ["psnr_y improves"]
 
 
-def test_a_first_challenger_is_judged_against_bicubic():
-    assert judge(rows(model_psnr_y=28.2), None, RULES).promoted
-    refused = judge(rows(model_psnr_y=28.0), None, RULES)
-    assert failing(refused) == ["psnr_y improves"] and "bicubic 28.000" in "".join(refused.lines())
-    assert failing(judge(rows(model_ssim=0.86), None, RULES)) == ["ssim holds"]
-    assert judge(rows(seconds=1e9), None, RULES).promoted  # bicubic has no latency to compare with
+def test_one_image_proves_nothing_unless_significance_is_left_out():
+    both = rows("challenger", 1, **BETTER), rows("champion", 1)
+    verdict = verdict_of(*both, num_images=1)
+    assert failing(verdict) == ["psnr_y improves"] and "one image" in text_of(verdict, "psnr_y improves")
+    by_mean = replace(RULES, primary=replace(RULES.primary, require_significance=False))
+    assert verdict_of(*both, by_mean, num_images=1).passed
 
 
-def test_the_primary_metric_is_the_one_of_the_rules():
-    rules = Rules(primary="ssim", guarded={"psnr_y": 1.0})
-    assert judge(rows(model_ssim=0.91, model_psnr_y=29.1), rows(), rules).promoted
-    assert failing(judge(rows(model_ssim=0.9, model_psnr_y=39.0), rows(), rules)) == ["ssim improves"]
+def test_a_first_challenger_is_judged_against_bicubic_and_nobody_asks_for_its_latency():
+    def first(**fields):
+        challenger = rows("challenger", **fields)
+        return judge([*challenger, *rows("bicubic", psnr_y=28.0, device_s_per_mp=0.0)], RULES, facts(champion=None))
+
+    assert first(psnr_y=28.1 + EPS, device_s_per_mp=8.9).passed
+    refused = first(psnr_y=28.1 - EPS)
+    assert failing(refused) == ["psnr_y improves"] and "bicubic 31.00 dB" in text_of(refused, "psnr_y improves")
+    assert failing(first(ssim=0.8)) == ["ssim no worse"]
 
 
-def test_the_verdict_says_which_rule_failed():
-    lines = judge(rows(**BETTER, seconds=3.0), rows(), RULES).lines()
-    assert [line for line in lines if line.startswith("FAILS")] == ["FAILS  latency: 3.00 times, at most 2.00"]
-    assert sum(line.startswith("holds") for line in lines) == 6
+def test_bicubic_does_not_matter_where_there_is_a_champion():
+    challenger, champion = rows("challenger", **BETTER), rows("champion")
+    broken = [row | {"ssim": math.nan} for row in rows("bicubic", psnr_y=99.0)]
+    assert judge([*challenger, *champion], RULES, facts()) == judge([*challenger, *champion, *broken], RULES, facts())
+
+
+def test_a_champion_that_costs_nothing_cannot_be_matched_by_one_that_costs():
+    champion = rows("champion", device_s_per_mp=0.0)
+    assert failing(verdict_of(rows("challenger", **BETTER), champion)) == ["latency"]
+    assert verdict_of(rows("challenger", **BETTER, device_s_per_mp=0.0), champion).passed
+
+
+def test_the_verdict_says_which_rule_failed_with_its_numbers():
+    lines = verdict_of(rows("challenger", **BETTER, device_s_per_mp=3.0)).lines()
+    assert [line for line in lines if line.startswith("FAILS")] == [
+        "FAILS  latency: 3.00 s/MP, champion 1.00 s/MP: 3.00 times, at most 2; at most 9.00 s/MP"
+    ]
+    assert sum(line.startswith("holds") for line in lines) == len(RULE_NAMES) - 1
+
+
+def test_means_are_over_the_images_that_were_measured_and_a_nan_makes_none():
+    scored = rows("challenger", 3, ssim=None)
+    scored[0]["ms_ssim"], scored[2]["lr_psnr"] = 0.5, math.nan
+    dead = {"key": "x", "method": "challenger", "reason": "corrupt", "message": ""}
+    found = summarise([*scored, dead], ("challenger", "champion"), ("psnr_y", "ssim", "ms_ssim", "lr_psnr"))
+    assert found["champion"] == {} and set(found["challenger"]) == {"psnr_y", "ms_ssim"}
+    assert found["challenger"]["psnr_y"].mean == pytest.approx(31.5)
+    assert found["challenger"]["ms_ssim"] == (0.5, 0.5, 0.5)
