@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import Any, NoReturn
 
+PLACES = ("URI", "FILE", "FILES", "FOLDER")  # units of settings that are places
 DONE, FAILED, BAD_ARGUMENTS, BUDGET_EXCEEDED, LEASE_HELD = 0, 1, 2, 3, 5  # 4 is a refused promotion
 
 
@@ -16,7 +17,7 @@ class Job:
     """Where a job lives: imported when it is called, so that `--help` of one does not pay for the others.
 
     default: the verb when the first word is none, "" where one must be given; None for a job without verbs, whose
-    module else lists them in VERBS.
+    module else lists them in VERBS. words: the module's function that turns words without a flag into flags.
     """
 
     module: str
@@ -25,6 +26,7 @@ class Job:
     verb: str
     examples: str
     default: str | None = None
+    words: str = ""
 
 
 JOBS = {
@@ -32,7 +34,7 @@ JOBS = {
                       "make_pairs.py --source s3://archive/photos --output s3://archive/pairs --scale 4 --patch 256"),
     "train": Job("pipelines.training", "TrainConfig", "train", "train",
                  "train.py --pairs s3://archive/pairs --output s3://archive/runs/1 --preset nano-x4 --register diffsr"),
-    "evaluate": Job("pipelines.evaluation", "EvaluateConfig", "evaluate", "evaluate",
+    "evaluate": Job("pipelines.evaluation", "EvaluateConfig", "evaluate", "evaluate", default="run", examples=
                     "evaluate.py --model models:/diffsr/1 --dataset s3://archive/held-out --output s3://archive/eval/1"),
     "promote": Job("pipelines.promotion", "PromoteConfig", "promote", "promote",
                    "promote.py --model diffsr --challenger 2 --dataset s3://archive/held-out\n"
@@ -44,6 +46,8 @@ JOBS = {
                       "manipulate.py samples --lr photo.png --output samples --model runs/1/model\n"
                       "manipulate.py interpolate --lr photo.png --output between --model runs/1/model\n"
                       "manipulate.py fuse --lr photo.png --donor other.png --mask mask.png --output fused", default=""),
+    "image": Job("pipelines.one_image", "ImageConfig", "upscale_image", "image",
+                 "image.py in.jpg out.png --model runs/1/model", words="split_words"),
     "import_weights": Job("pipelines.importing", "ImportConfig", "import_weights", "import",
                           "import_weights.py --weights I640000_E37_gen.pth --scale 8 --output s3://archive/models/sr3"),
 }  # fmt: skip
@@ -56,6 +60,8 @@ def parse(job: str, argv: Sequence[str], *, prog: str | None = None) -> Any:
     entry = JOBS[job]
     config_class = getattr(import_module(entry.module), entry.config)
     _, argv = split_verb(job, argv)
+    if entry.words:
+        argv = getattr(import_module(entry.module), entry.words)(argv)
     return parse_config(config_class, argv, prog=prog or f"{job}.py", examples=entry.examples)
 
 
@@ -80,12 +86,19 @@ def anchor(config: Any) -> Any:
     """Return the config with relative local paths made absolute: workers run in other folders."""
     from pipelines import storage
 
-    changes = {}
+    changes: dict[str, Any] = {}
     for item in fields(config):
         value = getattr(config, item.name)
-        unit = item.metadata.get("unit")
-        if value is not None and (unit == "URI" or unit == "REF" and not value.startswith(("models:/", "pretrained:"))):
-            changes[item.name] = storage.absolute(value)
+        kind = item.metadata.get("unit")
+
+        def place(text: str, kind: str | None = kind) -> str:
+            is_place = kind in PLACES or kind in ("REF", "REFS") and not text.startswith(("models:/", "pretrained:"))
+            return storage.absolute(text) if is_place else text
+
+        if isinstance(value, str):
+            changes[item.name] = place(value)
+        elif isinstance(value, tuple) and kind in ("REFS", "FILES"):
+            changes[item.name] = tuple(map(place, value))
     return replace(config, **changes)
 
 

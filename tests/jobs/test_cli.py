@@ -28,9 +28,10 @@ def test_help_names_every_flag_of_the_contract(job: str) -> None:
         "promote": "--model --challenger --dataset --rollback",
         "upscale": "--source --output --model --sampler --steps --num-workers --batch-size --seed",
         "manipulate": "--lr --output --model --samples --first --second --weights --base --donor --mask --level --seed",
+        "image": "--input --output --model --quality --samples --force",
         "import_weights": "--weights --output --scale --num-groups",
     }
-    always = ["--config", "--print-config"] + ["--dry-run"] * (job not in ("manipulate", "import_weights"))
+    always = ["--config", "--print-config"] + ["--dry-run"] * (job not in ("manipulate", "image", "import_weights"))
     for flag in [*contract[job].split(), *always]:
         assert f"\n  {flag}" in shown.stdout, flag
 
@@ -42,6 +43,7 @@ NEEDED = {
     "promote": ["--model", "a", "--dataset", "b"],
     "upscale": ["retry-failed", "--source", "a", "--output", "b"],
     "manipulate": ["interpolate", "--lr", "a", "--output", "b", "--weights", "0,1"],
+    "image": ["a.jpg", "b.png"],
     "import_weights": ["--weights", "a", "--output", "b"],
 }
 
@@ -113,7 +115,7 @@ def test_the_console_command_is_the_same_jobs() -> None:
     command = str(Path(sys.executable).parent / "diffsr")
     shown = line(command, "--help")
     assert shown.returncode == 0
-    for verb in ("pairs", "train", "evaluate", "promote", "upscale", "manipulate", "import"):
+    for verb in ("pairs", "train", "evaluate", "promote", "upscale", "manipulate", "image", "import"):
         assert f"\n  {verb} " in shown.stdout
     ours = line(command, "upscale", "--help").stdout.replace("diffsr upscale", "upscale.py")
     assert ours == line(*script("upscale", "--help")).stdout
