@@ -17,13 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from PIL import Image, ImageOps
+from PIL import Image
 
 from diffsr_core.degradation import Degradation, crop_to_multiple
 from pipelines import storage
-from pipelines.ledger import Ledger
-from pipelines.report import write_report
 
 ARCHIVE = [
     "brick.png",
@@ -65,13 +62,13 @@ def main() -> None:
         root / "evaluation", *SAMPLING)  # fmt: skip
     job("promote", "--model", "diffsr", "--challenger", version, "--dataset", root / "held-out", "--output",
         root / "promotion", *SAMPLING)  # fmt: skip
-    job("upscale", "run", "--source", root / "inbox", "--output", root / "outbox", "--model", "models:/diffsr@champion",
-        "--unit-megabytes", 0.02, *SAMPLING)  # fmt: skip
-    page = report(root)
+    night = job("upscale", "run", "--source", root / "inbox", "--output", root / "outbox", "--model",
+                "models:/diffsr@champion", "--unit-megabytes", 0.02, *SAMPLING)  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"\n{time.monotonic() - started:.0f} s; largest process of a job {peak:.1f} GiB")
-    print(f"The report:  {page}")
-    print(f"MLflow:      {sys.executable} -m mlflow server --backend-store-uri sqlite:///{root}/mlflow.db --port 5000")
+    print(f"The evaluation:  {root}/evaluation/report.html")
+    print(f"The night:       {night['outputs'][-1]}")
+    print(f"MLflow:  {sys.executable} -m mlflow server --backend-store-uri sqlite:///{root}/mlflow.db --port 5000")
 
 
 def precision() -> str:
@@ -133,50 +130,6 @@ def encoded(image: Image.Image, format: str, exif: Image.Exif | None = None) -> 
     options: dict[str, Any] = {"quality": 95} if format == "JPEG" else {"lossless": True} if format == "WEBP" else {}
     image.save(sink, format, **options, **({"exif": exif} if exif else {}))
     return sink.getvalue()
-
-
-def report(root: Path) -> Path:
-    """Write one page of the evaluation and of what became of each file in the inbox; return its path."""
-    rows = pq.read_table(root / "evaluation" / "rows.parquet").to_pylist()
-    summary = json.loads((root / "evaluation" / "summary.json").read_text())
-    strips = [
-        (row["key"], (root / "evaluation" / "strips" / f"{i:02d}.png").read_bytes()) for i, row in enumerate(rows)
-    ]
-    ledger = [
-        {**row, "metrics": dict(row["metrics"]), **thumbnails(root, row)}
-        for row in Ledger(str(root / "outbox")).latest().to_pylist()
-    ]
-    run = json.loads((root / "run" / "run.json").read_text())["summary"]
-    manifest = json.loads((root / "pairs" / "manifest.json").read_text())
-    page = write_report(
-        title="DiffSR demo: a model trained from an archive, and what it made of an inbox",
-        methods=["bicubic", "regression", "model"],
-        metrics=summary["metrics"],
-        rows=rows,
-        strips=strips,
-        ledger=ledger,
-        provenance={
-            "training data": f"{len(ARCHIVE)} photographs, {manifest['pairs']['train']} pairs, "
-            f"digest {manifest['digest'][:16]}",
-            "training": f"{run['inputs']} steps on two workers, {run['seconds']:.0f} s with Ray's start",
-            "scored on": f"{len(rows)} photographs that the training never saw; crops are their most detailed squares",
-            "model": f"{run['outputs'][-1]}, {json.loads((root / 'run/model/config.json').read_text())['digest'][:16]}",
-        },
-    )
-    storage.publish(root / "report.html", page.encode())
-    return root / "report.html"
-
-
-def thumbnails(root: Path, row: dict[str, Any]) -> dict[str, bytes]:
-    """Return small PNGs of a done asset, before and after."""
-    if row["status"] != "done":
-        return {}
-    found = {}
-    for name, path in (("thumb_in", root / "inbox" / row["key"]), ("thumb_out", root / "outbox" / row["out_key"])):
-        image = ImageOps.exif_transpose(Image.open(path))
-        image.thumbnail((320, 320) if name == "thumb_out" else (160, 160))
-        found[name] = encoded(image.convert("RGBA" if "A" in image.mode else "RGB"), "PNG")
-    return found
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def manipulate(config: ManipulateConfig, *, verb: str) -> Summary:
     if network.denoiser is None:
         raise ValueError(f"model ({model.label}) is a regression, it has one result only; give a diffusion model")
     lr, digest = _read("lr", config.lr)
-    upscaler = Upscaler(network, config.sampling())
+    upscaler = Upscaler(network, config.sampling(model.sampling))
     upscaler.check_channels(lr.shape[2])
     if verb != "samples":
         try:

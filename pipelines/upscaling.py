@@ -10,6 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from diffsr_core.checkpoint import model_from_files
 from diffsr_core.family import SuperResolver
+from diffsr_core.sampling import SamplingRecipe
 from pipelines import storage, upkeep
 from pipelines.assets import UpscaleWorker
 from pipelines.calibration import seconds_per_megapixel
@@ -48,11 +49,12 @@ def upscale(config: UpscaleConfig, *, verb: str = "run") -> Summary:
         check_tracking()
     model = resolve(config.model)
     network, _ = model_from_files(model.files)
-    config.sampling().check_fits(network.config)  # before any work is planned
+    sampling = config.sampling(model.sampling)
+    sampling.check_fits(network.config)  # before any work is planned
     work = _work(config, model, retry_dead=verb == "retry-failed")
-    say(f"upscale: {model.label}, digest {model.digest[:12]}, {config.sampler} {config.steps} steps")
+    say(f"upscale: {model.label}, digest {model.digest[:12]}, {sampling.sampler} {sampling.num_steps} steps")
     if verb == "plan" or config.dry_run:
-        return _plan(config, work, network)
+        return _plan(config, work, network, sampling)
     return _night(config, work, model)
 
 
@@ -61,7 +63,7 @@ def _work(config: UpscaleConfig, model: ResolvedModel, *, retry_dead: bool) -> W
     return Work(
         listing=partial(list_table, config.source, suffixes=SUFFIXES),
         output=config.output,
-        recipe=fingerprint(config.recipe()),
+        recipe=fingerprint(config.recipe(model.sampling)),
         model=model.digest,
         unit_bytes=int(config.unit_megabytes * 2**20),
         max_dead_share=config.max_dead_share,
@@ -73,7 +75,7 @@ def _work(config: UpscaleConfig, model: ResolvedModel, *, retry_dead: bool) -> W
     )
 
 
-def _plan(config: UpscaleConfig, work: Work, network: SuperResolver) -> Summary:
+def _plan(config: UpscaleConfig, work: Work, network: SuperResolver, sampling: SamplingRecipe) -> Summary:
     """Say what a night would do and take; write nothing."""
     ahead = forecast(work)
     scale, source = network.config.scale, str(config.source)
@@ -86,7 +88,7 @@ def _plan(config: UpscaleConfig, work: Work, network: SuperResolver) -> Summary:
         check(config.device == "cpu" or torch.cuda.is_available(), "use_gpu", config.use_gpu,
               "cannot be measured here, which has none, and the ledger has too few results yet",
               "run a night with --limit 10 first, or plan without it")  # fmt: skip
-        return seconds_per_megapixel(network, config.sampling(), device=config.device)
+        return seconds_per_megapixel(network, sampling, device=config.device)
 
     found = forecast_night(
         ahead.rows,
@@ -124,7 +126,7 @@ def _night(config: UpscaleConfig, work: Work, model: ResolvedModel) -> Summary:
                 device_hour_price=config.device_hour_price or None,
                 recipe=work.recipe,
                 model={"name": model.name or model.ref, "version": model.version or "", "digest": model.digest},
-                settings=config.recipe(),
+                settings=config.recipe(model.sampling),
             )
             publish_night(night, rows)
             say(one_line(night))
@@ -176,7 +178,7 @@ def _arguments(config: UpscaleConfig, model: ResolvedModel, *, fence: int) -> di
         "fence": fence,
         "model_uri": publish_model(model, config.output),
         "model": model.digest,
-        "recipe": config.recipe(),
+        "recipe": config.recipe(model.sampling),
         "in_flight": config.batch_size or 0,
         "device": config.device,
         "admission": config.admission(),

@@ -1,5 +1,6 @@
 """The settings of the upscale job."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -118,14 +119,14 @@ class UpscaleConfig(SamplingConfig):
             reject_colour_drift=self.reject_colour_drift,
         )
 
-    def sampling(self) -> SamplingRecipe:
-        """Return the sampling recipe."""
-        return replace(super().sampling(), num_samples=self.samples, choice=self.choice)
+    def sampling(self, own: Mapping[str, Any] | None = None) -> SamplingRecipe:
+        """Return the sampling recipe; own: what the model's folder says of it."""
+        return replace(super().sampling(own), num_samples=self.samples, choice=self.choice)
 
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the settings that decide the results' bytes, beside the model: with others, all is made again."""
         names = ("format", "quality", "noise", "reject_lr_psnr", "reject_colour_drift")
-        return {"sampling": asdict(self.sampling()), "still": {name: getattr(self, name) for name in names}}
+        return {"sampling": asdict(self.sampling(own)), "still": {name: getattr(self, name) for name in names}}
 
     def admission(self) -> dict[str, Any]:
         """Return the settings that decide what becomes of an input, and no byte: what is done stays so with others."""
