@@ -1,14 +1,10 @@
 """Job 3: models and baselines on a frozen data set; rows to Parquet, a summary, a report, a study for people."""
 
-import io
 import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any, Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines import gallery, storage
 from pipelines.answers import fool_rates, read_answers, to_json, to_markdown
@@ -24,7 +20,7 @@ from pipelines.measures import MEASURES, set_measures
 from pipelines.perceptual import read_reference
 from pipelines.report import markdown_table, write_report
 from pipelines.runs import Summary
-from pipelines.scoring import Contender, Scores, score_dataset
+from pipelines.scoring import Contender, Scores, score_dataset, to_parquet
 from pipelines.study import write_study
 from pipelines.summaries import metrics_of, summarise
 from pipelines.work import BudgetExceeded
@@ -176,10 +172,7 @@ def _evaluation(
 
 
 def _write(config: EvaluateConfig, evaluation: Evaluation, scores: Scores, table: str) -> list[str]:
-    sink = io.BytesIO()
-    columns = dict.fromkeys(name for row in scores.rows for name in row)  # the first image may be one without a score
-    pq.write_table(pa.table({name: [row.get(name) for row in scores.rows] for name in columns}), sink)
-    contents = (sink.getvalue(), table.encode(), write_report(evaluation).encode())
+    contents = (to_parquet(scores.rows), table.encode(), write_report(evaluation).encode())
     uris = [storage.join(config.output, name) for name in FILES]
     for uri, data in zip(uris, contents, strict=True):
         storage.publish(uri, data)

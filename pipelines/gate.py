@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipelines.intervals import Interval, mean_interval, paired_interval
+from pipelines.intervals import Interval, paired_interval
 from pipelines.measures import MEASURES
 from pipelines.rules import Floor, Latency, Primary, Rules
 
@@ -115,19 +115,6 @@ def judge(rows: Sequence[Row], rules: Rules, facts: Facts) -> Verdict:
     checks += [_floor(scores, name, floor) for name, floor in rules.floors.items()]
     checks.append(_latency(scores, rules.latency, facts))
     return Verdict(checks=tuple(checks), gains=gains)
-
-
-def summarise(rows: Sequence[Row], methods: Sequence[str], measures: Sequence[str]) -> dict[str, dict[str, Interval]]:
-    """Return method -> measure -> mean and 95 % interval over the images that were measured; what none has is left out.
-
-    A value that is not finite makes no mean: its measure is left out.
-    """
-    summary: dict[str, dict[str, Interval]] = {}
-    for method in methods:
-        mine = [row for row in rows if row["method"] == method and not row["reason"]]
-        found = {name: [row[name] for row in mine if row.get(name) is not None] for name in measures}
-        summary[method] = {n: mean_interval(v) for n, v in found.items() if v and all(map(math.isfinite, v))}
-    return summary
 
 
 def number(value: float, metric: str, *, signed: bool = False) -> str:

@@ -4,13 +4,9 @@ Two promotions of one model in one output keep each other out by a lease; elsewh
 read again just before the alias moves (`registry.move_champion`). A rollback asks for no lease: it must not wait.
 """
 
-import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from diffsr_core.checkpoint import model_from_files
 from diffsr_core.degradation import Degradation
@@ -19,14 +15,15 @@ from pipelines import storage
 from pipelines.config import check
 from pipelines.datasets import Dataset, open_dataset
 from pipelines.engine import say
-from pipelines.gate import BICUBIC, CHALLENGER, CHAMPION, Facts, Signature, judge, summarise
+from pipelines.gate import BICUBIC, CHALLENGER, CHAMPION, Facts, Signature, judge
 from pipelines.lease import Lease
 from pipelines.measures import FROM_ROWS, MEASURES, MeterSettings, check_settings
 from pipelines.models import resolve
 from pipelines.rules import Floor, Rules, parse_rules, to_yaml
 from pipelines.runs import Summary, new_run_id
 from pipelines.sampling import SamplingConfig
-from pipelines.scoring import Contender, score_dataset
+from pipelines.scoring import Contender, score_dataset, to_parquet
+from pipelines.summaries import summarise
 from pipelines.verdict import Evidence
 from pipelines.webhook import check_webhook, place_of, send
 
@@ -73,6 +70,8 @@ class PromoteConfig(SamplingConfig):
     """Ray Data actors, or a plain loop in this process."""
     num_workers: int = 1
     """Actors, one CPU each."""
+    use_gpu: bool = False
+    """One GPU per actor."""
     dry_run: bool = False
     """Say what would be compared and by which rules, and stop."""
 
@@ -180,7 +179,13 @@ def _score(
     if facts.champion not in (None, facts.challenger):
         return []
     return score_dataset(
-        dataset, contenders, meter=meter, engine=config.engine, num_workers=config.num_workers, label="promote"
+        dataset,
+        contenders,
+        meter=meter,
+        engine=config.engine,
+        num_workers=config.num_workers,
+        use_gpu=config.use_gpu,
+        label="promote",
     ).rows
 
 
@@ -226,9 +231,7 @@ def _publish(folder: str, evidence: Evidence, rows: list[dict[str, Any]]) -> lis
     """Write the evidence's files and the rows; return their URIs."""
     files = evidence.files()
     if rows:
-        columns, sink = dict.fromkeys(name for row in rows for name in row), io.BytesIO()
-        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), sink)
-        files["rows.parquet"] = sink.getvalue()
+        files["rows.parquet"] = to_parquet(rows)
     for name, data in files.items():
         storage.publish(storage.join(folder, name), data)
     return [storage.join(folder, name) for name in files]

@@ -6,6 +6,7 @@ read is a row with a reason for each method, never the end of the job.
 """
 
 import copy
+import io
 import json
 import time
 from base64 import b64decode, b64encode
@@ -15,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from diffsr_core.checkpoint import model_from_files
@@ -216,6 +219,14 @@ def score_dataset(
             parts = (np.frombuffer(b64decode(part), np.float32) for part in packed)
             features.setdefault(row["method"], []).append(Features(*parts))
     return Scores([row for row in rows if row["method"] != "hr"], features)
+
+
+def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return rows as a Parquet file."""
+    columns = dict.fromkeys(name for row in rows for name in row)  # the first image may be one without a score
+    sink = io.BytesIO()
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), sink)
+    return sink.getvalue()
 
 
 def draw_pictures(

@@ -1,5 +1,6 @@
 """The scores of an evaluation in numbers that a registry holds: means, and the ends of their intervals."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,18 @@ from pipelines.intervals import Interval, mean_interval
 def summarise(
     rows: Sequence[Mapping[str, Any]], methods: Sequence[str], measures: Sequence[str]
 ) -> dict[str, dict[str, Interval]]:
-    """Return method -> measure -> mean and interval over the images that every method has a score for."""
+    """Return method -> measure -> mean and 95 % interval over the images that every method has a score for.
+
+    What none has is left out, and a measure with a value that is not finite, which makes no mean.
+    """
     dead = {row["key"] for row in rows if row["reason"]}
     found: dict[str, dict[str, Interval]] = {}
     for method in methods:
         own = [row for row in rows if row["method"] == method and row["key"] not in dead]
         values = {name: [row[name] for row in own if row.get(name) is not None] for name in measures}
-        found[method] = {name: mean_interval(of_it) for name, of_it in values.items() if of_it}
+        found[method] = {
+            name: mean_interval(of_it) for name, of_it in values.items() if of_it and all(map(math.isfinite, of_it))
+        }
     return found
 
 

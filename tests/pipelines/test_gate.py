@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipelines.gate import Facts, Signature, judge, summarise
+from pipelines.gate import Facts, Signature, judge
 from pipelines.intervals import paired_interval
 from pipelines.rules import Floor, Latency, Primary, Rules
+from pipelines.summaries import summarise
 
 RULES = Rules(
     primary=Primary(metric="psnr_y", min_gain=0.1), guarded={"ssim": 0.01, "colour_drift": 0.5}, floors={
