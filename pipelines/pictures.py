@@ -16,7 +16,7 @@ from pipelines.corpus import Original
 from pipelines.engine import progress
 from pipelines.kinds import Result, draw, out_of_memory
 from pipelines.sampling import SamplingConfig
-from pipelines.stills import Stills, StillSettings
+from pipelines.stills import DECISIVE, Stills, StillSettings
 
 Format = Literal["keep", "png", "jpeg", "webp", "tiff", "avif"]
 OPERATOR = {"device": "cpu", "max_megapixels": 4.0}  # MLflow's model_config: settings of who serves, not of who asks
@@ -100,11 +100,8 @@ def usual_params(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 def recipe_fingerprint(recipe: SamplingRecipe, settings: StillSettings) -> str:
     """Return the fingerprint that the upscale job gives to these settings; it goes into the files."""
-    names = ("format", "quality", "noise")
-    still: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    thresholds = settings.thresholds
-    still |= {name: getattr(thresholds, name) for name in ("reject_lr_psnr", "reject_colour_drift")}
-    return fingerprint({"sampling": asdict(recipe), "still": still})
+    known = asdict(settings) | asdict(settings.thresholds)
+    return fingerprint({"sampling": asdict(recipe), "still": {name: known[name] for name in DECISIVE}})
 
 
 @contextmanager

@@ -35,6 +35,10 @@ BAND_BYTES = 16 * 2**20  # of the published rows that are measured at once
 UNCERTAINTY_STEPS = 256  # of a stored map (16-bit grey), in one level of 255
 
 
+# The settings, and thresholds among them, that decide a result's bytes: with others, all is made again.
+DECISIVE = ("format", "quality", "noise", "reject_lr_psnr", "reject_colour_drift")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StillSettings:
     """What decides a still's bytes beside the model and how it is sampled, and what becomes of it.

@@ -8,6 +8,7 @@ from diffsr_core.sampling import SamplingRecipe
 from pipelines.config import check
 from pipelines.quality import Thresholds
 from pipelines.sampling import SamplingConfig
+from pipelines.stills import DECISIVE
 
 Format = Literal["keep", "png", "jpeg", "webp", "tiff", "avif"]
 
@@ -125,8 +126,7 @@ class UpscaleConfig(SamplingConfig):
 
     def recipe(self, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the settings that decide the results' bytes, beside the model: with others, all is made again."""
-        names = ("format", "quality", "noise", "reject_lr_psnr", "reject_colour_drift")
-        return {"sampling": asdict(self.sampling(own)), "still": {name: getattr(self, name) for name in names}}
+        return {"sampling": asdict(self.sampling(own)), "still": {name: getattr(self, name) for name in DECISIVE}}
 
     def admission(self) -> dict[str, Any]:
         """Return the settings that decide what becomes of an input, and no byte: what is done stays so with others."""
