@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from diffsr_core.checkpoint import SCHEDULE
 from diffsr_core.sampling import SamplingRecipe
@@ -19,7 +19,7 @@ from pipelines.engine import say
 from pipelines.intervals import Interval, mean_interval
 from pipelines.measures import FROM_ROWS, MEASURES, SET_MEASURES, MeterSettings, set_measures
 from pipelines.models import ResolvedModel, store_sampling
-from pipelines.scoring import Contender, Scores, score_dataset
+from pipelines.scoring import Contender, Running, Scores, score_dataset
 
 CURVE_FILES = ("curve.json", "curve.md")
 FORMAT = 1  # of the records: another one is measured again
@@ -76,10 +76,8 @@ def measure_curve(
     measure: str,
     meter: MeterSettings,
     output: str,
-    engine: Literal["ray", "local"],
-    num_workers: int,
+    running: Running,
     pick: str = "best",
-    use_gpu: bool = False,
     labels: Mapping[str, int] | None = None,
 ) -> Curve:
     """Return the curve of a model on a data set; write curve.json and curve.md, best first.
@@ -102,14 +100,13 @@ def measure_curve(
     for candidate in candidates:
         tried = replace(recipe, **asdict(candidate))
         key = {"format": FORMAT, "model": model.digest, "data": dataset.digest, "recipe": asdict(tried),
-               "meter": asdict(meter), "labels": labels and dict(labels), "use_gpu": use_gpu}  # fmt: skip
+               "meter": asdict(meter), "labels": labels and dict(labels), "use_gpu": running.use_gpu}  # fmt: skip
         place = storage.join(output, storage.OWN_FOLDER, "curve", f"{fingerprint(key)}.json")
         kept = _recorded(place, candidate)
         if kept is None:
             contender = Contender.of(model, tried, method=METHOD, output=output)
             scores = score_dataset(
-                dataset, [contender], meter=meter, engine=engine, num_workers=num_workers, labels=labels,
-                use_gpu=use_gpu, label=f"curve {_name(candidate)}",
+                dataset, [contender], meter=meter, running=running, labels=labels, label=f"curve {_name(candidate)}",
             )  # fmt: skip
             kept = _point(candidate, tried.start_level, scores)
             if kept is None:

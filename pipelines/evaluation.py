@@ -20,7 +20,7 @@ from pipelines.measures import MEASURES, set_measures
 from pipelines.perceptual import read_reference
 from pipelines.report import markdown_table, write_report
 from pipelines.runs import Summary
-from pipelines.scoring import Contender, Scores, score_dataset, to_parquet
+from pipelines.scoring import Contender, Running, Scores, score_dataset, to_parquet
 from pipelines.study import write_study
 from pipelines.summaries import metrics_of, summarise
 from pipelines.work import BudgetExceeded
@@ -85,8 +85,7 @@ def _searched(config: EvaluateConfig, plan: Plan) -> Curve:
     images = held_out or plan.dataset
     return measure_curve(
         plan.candidates, images, plan.model, plan.recipe, measure=config.objective, meter=plan.meter,
-        pick=config.pick, labels=_labels(config, images), output=config.output, engine=config.engine,
-        num_workers=config.num_workers, use_gpu=config.use_gpu,
+        pick=config.pick, labels=_labels(config, images), output=config.output, running=config.running(),
     )  # fmt: skip
 
 
@@ -101,12 +100,12 @@ def _labels(config: EvaluateConfig, dataset: Dataset) -> dict[str, int] | None:
 
 def _scored(config: EvaluateConfig, plan: Plan, curve: Curve | None) -> tuple[Evaluation, list[str]]:
     """Score, write the files, and return what was found and their URIs. Raises BudgetExceeded or ValueError."""
-    running: dict[str, Any] = {"engine": config.engine, "num_workers": config.num_workers, "use_gpu": config.use_gpu}
+    running = config.running()
     contenders, dataset = _contenders(plan, config.output), plan.dataset
     scores = score_dataset(
-        dataset, contenders, meter=plan.meter, labels=_labels(config, dataset), label="evaluate", **running
+        dataset, contenders, meter=plan.meter, labels=_labels(config, dataset), label="evaluate", running=running
     )
-    shown = gallery.pictures(scores.rows, dataset, contenders, seed=config.seed, **running)
+    shown = gallery.pictures(scores.rows, dataset, contenders, running, seed=config.seed)
     evaluation = _evaluation(config, plan, contenders, scores, shown, curve)
     say(table := markdown_table(evaluation.summary, evaluation.sets, evaluation.methods, evaluation.measures))
     kept = CURVE_FILES if curve is not None else ()
@@ -199,12 +198,12 @@ def _check_dead(config: EvaluateConfig, dataset: Dataset, rows: list[dict[str, A
 
 
 def _study(
-    config: EvaluateConfig, dataset: Dataset, contenders: Sequence[Contender], scores: Scores, running: dict[str, Any]
+    config: EvaluateConfig, dataset: Dataset, contenders: Sequence[Contender], scores: Scores, running: Running
 ) -> str:
     """Write the study's page; return its URI."""
     rivals = [each for each in contenders if each.model is not None]
     count = config.study_images + 1  # one is for practice
-    found = gallery.trials(scores.rows, dataset, rivals, count=count, seed=config.seed, **running)
+    found = gallery.trials(scores.rows, dataset, rivals, running, count=count, seed=config.seed)
     title = f"Which is the photograph? {len({trial.key for trial in found})} pairs"
     digest = fingerprint({"data": dataset.digest, "contenders": [asdict(each) for each in rivals]})
     tasks: dict[str, bool | Literal["both"]] = {"unaided": False, "lr-shown": True, "both": "both"}

@@ -14,7 +14,7 @@ from pipelines.curve import check_pick
 from pipelines.measures import DEFAULT, MEASURES, MeterSettings
 from pipelines.protocols import PROTOCOLS, Protocol
 from pipelines.sampling import SamplingConfig
-from pipelines.scoring import BASELINES
+from pipelines.scoring import BASELINES, Running
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +158,10 @@ class EvaluateConfig(SamplingConfig):
     def sampling(self, own: Mapping[str, Any] | None = None) -> SamplingRecipe:
         """Return the sampling recipe; own: what a model's folder says of it."""
         return replace(super().sampling(own), num_samples=self.num_samples(), choice=self.choice)
+
+    def running(self) -> Running:
+        """Return where it is done."""
+        return Running(engine=self.engine, num_workers=self.num_workers, use_gpu=self.use_gpu)
 
     def asked(self) -> dict[str, Any]:
         """Return the settings of search and study, for the evaluation's identity."""

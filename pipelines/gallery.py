@@ -8,7 +8,7 @@ from pipelines.comparisons import UNCERTAINTY
 from pipelines.datasets import Dataset
 from pipelines.evaluated import Picture
 from pipelines.measures import MEASURES
-from pipelines.scoring import Contender, draw_pictures
+from pipelines.scoring import Contender, Running, draw_pictures
 from pipelines.study import Trial
 
 WORST, SAMPLE = 4, 8
@@ -38,13 +38,13 @@ def drawn(keys: Sequence[str], count: int, *, seed: int) -> list[str]:
 
 
 def pictures(
-    rows: Sequence[Mapping[str, Any]], dataset: Dataset, contenders: Sequence[Contender], *, seed: int, **running: Any
+    rows: Sequence[Mapping[str, Any]], dataset: Dataset, contenders: Sequence[Contender], running: Running, *, seed: int
 ) -> list[Picture]:
-    """Return the pictures of the images that `choose` takes, in its order. running: as of draw_pictures."""
+    """Return the pictures of the images that `choose` takes, in its order."""
     chosen = choose(rows, seed=seed)
     if not chosen:
         return []
-    found = draw_pictures(dataset, contenders, chosen, side=CROP_PX, label="pictures", **running)
+    found = draw_pictures(dataset, contenders, chosen, side=CROP_PX, running=running, label="pictures")
     return [
         Picture(
             key=key,
@@ -61,14 +61,14 @@ def trials(
     rows: Sequence[Mapping[str, Any]],
     dataset: Dataset,
     contenders: Sequence[Contender],
+    running: Running,
     *,
     count: int,
     seed: int,
-    **running: Any,
 ) -> list[Trial]:
-    """Return the trials of a study: each of `count` images once for each contender. running: as of draw_pictures."""
+    """Return the trials of a study: each of `count` images once for each contender."""
     keys = drawn([row["key"] for row in rows if row["method"] == "model" and not row["reason"]], count, seed=seed)
-    found = draw_pictures(dataset, contenders, set(keys), side=STUDY_PX, label="study", **running)
+    found = draw_pictures(dataset, contenders, set(keys), side=STUDY_PX, running=running, label="study")
     return [
         Trial(key=key, method=each.method, lr=found[key]["lr"], sr=found[key][each.method], hr=found[key]["hr"])
         for key in keys

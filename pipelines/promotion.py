@@ -22,7 +22,7 @@ from pipelines.models import resolve
 from pipelines.rules import Floor, Rules, parse_rules, to_yaml
 from pipelines.runs import Summary, new_run_id
 from pipelines.sampling import SamplingConfig
-from pipelines.scoring import Contender, score_dataset, to_parquet
+from pipelines.scoring import Contender, Running, score_dataset, to_parquet
 from pipelines.summaries import summarise
 from pipelines.verdict import Evidence
 from pipelines.webhook import check_webhook, place_of, send
@@ -178,15 +178,8 @@ def _score(
     """Return the rows of all; none for a challenger of another signature, which is refused without any work."""
     if facts.champion not in (None, facts.challenger):
         return []
-    return score_dataset(
-        dataset,
-        contenders,
-        meter=meter,
-        engine=config.engine,
-        num_workers=config.num_workers,
-        use_gpu=config.use_gpu,
-        label="promote",
-    ).rows
+    running = Running(engine=config.engine, num_workers=config.num_workers, use_gpu=config.use_gpu)
+    return score_dataset(dataset, contenders, meter=meter, running=running, label="promote").rows
 
 
 def _conclude(

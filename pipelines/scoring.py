@@ -60,6 +60,15 @@ class Contender:
         return Contender(method=method, model=uri, recipe=asdict(recipe), regression=regression)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """Where it is done: by Ray Data actors (`ray`), one CPU and perhaps a GPU each, or a plain loop (`local`)."""
+
+    engine: str
+    num_workers: int = 1
+    use_gpu: bool = False
+
+
 class Scores(NamedTuple):
     """Rows sorted by key and then by method as given; features by method, in the order of the keys."""
 
@@ -202,15 +211,13 @@ def score_dataset(
     contenders: Sequence[Contender],
     *,
     meter: MeterSettings,
-    engine: str,
-    num_workers: int,
+    running: Running,
     label: str,
     labels: Mapping[str, int] | None = None,
-    use_gpu: bool = False,
 ) -> Scores:
     """Return the rows of every image and contender. labels: class of each key, for top-1 and top-5."""
     work = [asdict(item) | {"label": (labels or {}).get(item.key)} for item in dataset.items]
-    rows = list(_scored(work, dataset, contenders, meter, engine, num_workers, label, use_gpu))
+    rows = list(_scored(work, dataset, contenders, meter, running, label))
     order = {method: index for index, method in enumerate([*(each.method for each in contenders), "hr"])}
     rows.sort(key=lambda row: (str(row["key"]), order[row["method"]]))
     features: dict[str, list[Features]] = {}
@@ -235,15 +242,13 @@ def draw_pictures(
     keys: Collection[str],
     *,
     side: int,
-    engine: str,
-    num_workers: int,
+    running: Running,
     label: str,
-    use_gpu: bool = False,
 ) -> dict[str, dict[str, bytes]]:
     """Return PNG crops, `side` HR px each way, of these keys by name: see `detailed_crops`. What was scored is drawn
     once more, as it was; an image that could not be scored is left out."""
     work = [asdict(item) | {"side": side} for item in dataset.items if item.key in keys]
-    rows = _scored(work, dataset, contenders, MeterSettings(names=()), engine, num_workers, label, use_gpu)
+    rows = _scored(work, dataset, contenders, MeterSettings(names=()), running, label)
     found = {row["key"]: {name: b64decode(png) for name, png in row["crops"].items()} for row in rows}
     return {key: crops for key, crops in found.items() if crops}
 
@@ -253,28 +258,25 @@ def _scored(
     dataset: Dataset,
     contenders: Sequence[Contender],
     meter: MeterSettings,
-    engine: str,
-    num_workers: int,
+    running: Running,
     label: str,
-    use_gpu: bool,
 ) -> Iterator[dict[str, Any]]:
     arguments = {
         "contenders": [asdict(each) for each in contenders],
         "loader": dataset.loader(),
         "meter": asdict(meter),
-        "device": "cuda" if use_gpu else "cpu",
+        "device": "cuda" if running.use_gpu else "cpu",
     }
-    check_engine(engine, num_workers)
-    for rows in progress(_run(work, arguments, engine, num_workers, use_gpu), total=len(work), label=label):
+    check_engine(running.engine, running.num_workers)
+    for rows in progress(_run(work, arguments, running), total=len(work), label=label):
         yield from rows
 
 
-def _run(
-    work: list[dict[str, Any]], arguments: dict[str, Any], engine: str, num_workers: int, use_gpu: bool
-) -> Iterator[list[dict[str, Any]]]:
-    if engine == "local":
+def _run(work: list[dict[str, Any]], arguments: dict[str, Any], running: Running) -> Iterator[list[dict[str, Any]]]:
+    if running.engine == "local":
         yield from map(Scorer(**arguments), work)
         return
     items = [{"item": json.dumps(item)} for item in work]
-    for row in map_actors(items, ScoringActor, {"arguments": arguments}, num_workers=num_workers, use_gpu=use_gpu):
+    placing: dict[str, Any] = {"num_workers": running.num_workers, "use_gpu": running.use_gpu}
+    for row in map_actors(items, ScoringActor, {"arguments": arguments}, **placing):
         yield json.loads(row["rows"])

@@ -28,7 +28,7 @@ from pipelines.manifest import load_manifest
 from pipelines.measures import MeterSettings
 from pipelines.pairs import PairsConfig, make_pairs
 from pipelines.rows import iter_pairs
-from pipelines.scoring import Contender, score_dataset
+from pipelines.scoring import Contender, Running, score_dataset
 from tests.core.tiny import MODELS, RRDB_TWIN
 from tests.jobs.conftest import ROOT, Ran, photograph, png, run, tree
 from tests.jobs.tiny import SAMPLING, model_folder, waves, write_png
@@ -501,8 +501,8 @@ def test_bicubic_rows_reproduce_the_published_figures(
 ) -> None:
     dataset = open_dataset(str(DATA / "test" / folder), scale=scale)
     names = ("psnr_y",) if expected_ssim is None else ("psnr_y", "ssim_y")
-    rows = score_dataset(dataset, [Contender(method="bicubic")], meter=MeterSettings(names=names), engine="local",
-                         num_workers=1, label="published").rows  # fmt: skip
+    rows = score_dataset(dataset, [Contender(method="bicubic")], meter=MeterSettings(names=names),
+                         running=Running(engine="local"), label="published").rows  # fmt: skip
     assert len(rows) == {"set5": 5, "bsd100": 100}[folder] and not any(row["reason"] for row in rows)
     assert np.mean([row["psnr_y"] for row in rows]) == pytest.approx(expected_db, abs=0.02)
     if expected_ssim is not None:

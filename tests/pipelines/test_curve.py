@@ -20,7 +20,7 @@ from pipelines.datasets import Dataset, Item
 from pipelines.intervals import Interval, mean_interval
 from pipelines.measures import Features, MeterSettings
 from pipelines.models import ResolvedModel, resolve
-from pipelines.scoring import Scores
+from pipelines.scoring import Running, Scores
 
 MODEL = ResolvedModel(ref="m", files={}, digest="d" * 64)
 DATASET = Dataset(source="s", scale=4, items=(Item(key="a", etag="1"), Item(key="b", etag="2")))
@@ -61,19 +61,24 @@ def measure(tmp_path, monkeypatch):
     def run(rows=plain, *, candidates=CANDIDATES, recipe=None, features=None, **options):
         asked = []
 
-        def score_dataset(dataset, contenders, *, meter, engine, num_workers, label, labels, use_gpu):
+        def score_dataset(dataset, contenders, *, meter, running, label, labels):
             (contender,) = contenders
             tried = SamplingRecipe(**contender.recipe)
-            assert dataset == DATASET and (engine, num_workers) == ("local", 1)
+            assert dataset == DATASET and (running.engine, running.num_workers) == ("local", 1)
             found = rows(tried)
             asked.append(tried)
             return Scores(found, features(tried) if features else {})
 
         monkeypatch.setattr(curves, "score_dataset", score_dataset)
         monkeypatch.setattr("pipelines.scoring.publish_model", lambda model, output: "uri")
-        arguments = {"measure": "psnr_y", "meter": METER, "output": str(tmp_path), "engine": "local"} | options
-        made = measure_curve(candidates, DATASET, arguments.pop("model", MODEL), recipe or SamplingRecipe(),
-                             num_workers=1, **arguments)  # fmt: skip
+        arguments = {
+            "measure": "psnr_y",
+            "meter": METER,
+            "output": str(tmp_path),
+            "running": Running(engine="local"),
+        } | options
+        model = arguments.pop("model", MODEL)
+        made = measure_curve(candidates, DATASET, model, recipe or SamplingRecipe(), **arguments)
         document = json.loads((tmp_path / "curve.json").read_text())
         lines = (tmp_path / "curve.md").read_text().splitlines()
         return Found(made, asked, document, [[cell.strip() for cell in line[2:-1].split("|")] for line in lines])
@@ -197,7 +202,7 @@ def test_a_search_that_was_killed_goes_on_and_ends_as_one_that_was_not(measure, 
         {"model": replace(MODEL, digest="e" * 64)},
         {"recipe": SamplingRecipe(seed=1)},
         {"meter": MeterSettings(border=0)},
-        {"use_gpu": True},
+        {"running": Running(engine="local", use_gpu=True)},
         {"labels": {"a": 1}},
     ],
     ids=["model", "recipe", "meter", "device", "labels"],
