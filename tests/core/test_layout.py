@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("diffsr_core", "pipelines", "jobs")
-JOBS = ("pairs", "training", "evaluation", "promotion", "upscaling", "manipulation", "importing")
+JOBS = ("pairs", "training", "evaluation", "promotion", "upscaling", "manipulation", "one_image", "importing")
 TOP_LEVEL = {
     "pyproject.toml",
     "constraints.txt",

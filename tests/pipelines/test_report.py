@@ -392,7 +392,7 @@ def test_hostile_names_stay_text():
     assert data["methods"][3] == SHOWN and data["rows"][2][2][0] == [0, f"{SHOWN} – {SHOWN}"]
     assert {tag for tag, _ in page.elements} <= {tag for tag, _ in plain_page.elements}
     assert {n for _, attrs in page.elements for n in attrs} <= {n for _, attrs in plain_page.elements for n in attrs}
-    assert page.text.count(SHOWN) > 30 and "gnp" in page.text
+    assert page.text.count(SHOWN) > 20 and "gnp" in page.text
     assert "\u202e" not in html and "\\ud800 lone" in page.text
     assert html.encode()  # a lone surrogate would not encode
 
