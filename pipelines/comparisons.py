@@ -17,12 +17,13 @@ UNCERTAINTY = "uncertainty"
 
 class Made(NamedTuple):
     """What a contender makes of an LR image: the SR, samples (K, H, W, C) where K are drawn, their deviation in levels
-    of 255 (H, W), the tiles that it was joined of, and the seconds of network calls."""
+    of 255 (H, W), the tiles that it was joined of, and what the SR alone took: seconds, and those of network calls."""
 
     sr: NDArray[np.uint8]
     samples: NDArray[np.uint8] | None = None
     uncertainty: NDArray[np.float32] | None = None
     seams: list[Tile] | None = None
+    seconds: float = 0.0
     device_s: float = 0.0
 
 

@@ -100,7 +100,7 @@ def measure_curve(
     for candidate in candidates:
         tried = replace(recipe, **asdict(candidate))
         key = {"format": FORMAT, "model": model.digest, "data": dataset.digest, "recipe": asdict(tried),
-               "meter": asdict(meter), "labels": labels and dict(labels), "use_gpu": running.use_gpu}  # fmt: skip
+               "meter": meter.identity(), "labels": labels and dict(labels), "use_gpu": running.use_gpu}  # fmt: skip
         place = storage.join(output, storage.OWN_FOLDER, "curve", f"{fingerprint(key)}.json")
         kept = _recorded(place, candidate)
         if kept is None:

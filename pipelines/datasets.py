@@ -136,7 +136,7 @@ class Loader:
         corpus = Corpus(source=self.source, lr_source=self.lr_source, lr_name=self.lr_name)
         with corpus.fetch(dict(item)) as original:
             data = original.read()
-        hr = decode(data).pixels
+        hr = self._opaque(data)
         if self.framing:
             hr = framed(hr, Framing(**self.framing))
         self._check_size(hr)
@@ -144,10 +144,17 @@ class Loader:
         if self.lr_source:
             with corpus.fetch_twin(dict(item)) as twin:
                 twin_data = twin.read()
-            return self._checked(Loaded(decode(twin_data).pixels, hr, storage.digest_bytes(twin_data)))
+            return self._checked(Loaded(self._opaque(twin_data), hr, storage.digest_bytes(twin_data)))
         seed = int(storage.digest_bytes(data)[:14], 16)  # of the content: whoever scores it makes the same LR
         lr = Degradation(**json.loads(self.degradation)).apply(hr, seed=seed, jpeg=jpeg_codec)
         return Loaded(lr, hr, storage.digest_bytes(data))
+
+    @staticmethod
+    def _opaque(data: bytes) -> NDArray[np.uint8]:
+        picture = decode(data)
+        if picture.alpha is not None and (picture.alpha < 255).any():
+            raise Refused("score", "unsupported_mode", "transparent pixels, whose colour nobody sees; flatten it")
+        return picture.pixels
 
     def _checked(self, loaded: Loaded) -> Loaded:
         lr, hr = loaded.lr.shape, loaded.hr.shape

@@ -6,23 +6,24 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from pipelines import gallery, storage
+from diffsr_core import checkpoint
+from pipelines import gallery, provenance, storage
 from pipelines.answers import fool_rates, read_answers, to_json, to_markdown
-from pipelines.classifiers import Classifier, labels_of
 from pipelines.config import check, fingerprint
 from pipelines.curve import CURVE_FILES, Curve, measure_curve, store_schedule
-from pipelines.datasets import Dataset
 from pipelines.engine import say
 from pipelines.evaluated import Evaluation, Picture
 from pipelines.evaluation_config import EvaluateConfig
-from pipelines.evaluation_plan import Plan, dataset_of, planned
-from pipelines.measures import MEASURES, set_measures
+from pipelines.evaluation_plan import Plan, dataset_of, labels_for, planned
+from pipelines.lease import Lease
+from pipelines.measures import MEASURES, files_digest, set_measures
+from pipelines.models import ResolvedModel
 from pipelines.perceptual import read_reference
 from pipelines.report import markdown_table, write_report
-from pipelines.runs import Summary
+from pipelines.runs import Summary, new_run_id
 from pipelines.scoring import Contender, Running, Scores, score_dataset, to_parquet
 from pipelines.study import write_study
-from pipelines.summaries import metrics_of, summarise
+from pipelines.summaries import lost, metrics_of, scored_methods, summarise
 from pipelines.work import BudgetExceeded
 
 VERBS = ("run", "fool-rate")
@@ -38,12 +39,10 @@ def _evaluate(config: EvaluateConfig) -> Summary:
     plan = planned(config)
     identity, uri, count = plan.identity(config), storage.join(config.output, "summary.json"), len(plan.dataset.items)
     label = plan.model.label
-    if storage.exists(uri):
-        found = json.loads(storage.read_bytes(uri))
-        if found["identity"] == identity:
-            say(f"evaluate: nothing to do, {label} was scored on these {count} images")
-            return Summary(job="evaluate", run_id=found["run_id"], status="done", unchanged=count,
-                           outputs=found["outputs"], metrics=found["metrics"])  # fmt: skip
+    if (found := _known(uri, identity)) is not None:
+        say(f"evaluate: nothing to do, {label} was scored on these {count} images")
+        return Summary(job="evaluate", run_id=found["run_id"], status="done", unchanged=count,
+                       outputs=found["outputs"], metrics=found["metrics"])  # fmt: skip
     how = f"searching {len(plan.candidates)} schedules"
     if not plan.candidates:
         how = f"{plan.recipe.sampler} {plan.recipe.num_steps} steps"
@@ -54,24 +53,48 @@ def _evaluate(config: EvaluateConfig) -> Summary:
     from pipelines import tracking
 
     tracking.connect()  # before the work: a store that is not there is better known at once
-    curve = _searched(config, plan) if plan.candidates else None
-    plan = replace(plan, recipe=plan.recipe if curve is None else curve.recipe(plan.recipe))
-    evaluation, files = _scored(config, plan, curve)
-    stored = [store_schedule(plan.model, curve)] if curve is not None and config.store else []
-    metrics, intervals = metrics_of(evaluation)
-    params = {**asdict(config), "model_digest": plan.model.digest, "sampling": asdict(plan.recipe)}
-    with tracking.run(f"evaluate {label}", params=params) as run_id:
-        tracking.log_evaluation(
-            metrics | intervals, digest=plan.dataset.digest, source=plan.dataset.source, artifacts=files,
-            model=plan.model,
-        )  # fmt: skip
-    outputs = [*files, *stored]
-    summary = {"identity": identity, "run_id": run_id, "outputs": outputs, "metrics": metrics, "intervals": intervals,
-               "sampling": asdict(plan.recipe), "dataset": plan.dataset.digest}  # fmt: skip
-    storage.publish(uri, json.dumps(summary, indent=1).encode())  # last: an evaluation without it did not end
-    dead = len({row["key"] for row in evaluation.rows if row["reason"]})
+    with Lease(config.output, run_id=new_run_id("evaluate")):
+        curve = _searched(config, plan) if plan.candidates else None
+        plan = replace(plan, recipe=plan.recipe if curve is None else curve.recipe(plan.recipe))
+        contenders = _contenders(plan, config.output)
+        evaluation, files = _scored(config, plan, contenders, curve)
+        stored = [_stored(plan.model, curve)] if curve is not None and config.store else []
+        metrics, intervals = metrics_of(evaluation)
+        params = {**asdict(config), "model_digest": plan.model.digest, "sampling": asdict(plan.recipe)}
+        params |= {"rivals": [rival.digest for rival, _ in plan.rivals]}
+        with tracking.run(f"evaluate {label}", params=params) as run_id:
+            tracking.log_evaluation(
+                metrics | intervals, digest=plan.dataset.digest, source=plan.dataset.source, artifacts=files,
+                model=plan.model,
+            )  # fmt: skip
+        outputs = [*files, *stored]
+        summary = {"identity": identity, "run_id": run_id, "outputs": outputs, "metrics": metrics,
+                   "intervals": intervals, "sampling": asdict(plan.recipe), "dataset": plan.dataset.digest,
+                   "provenance": evaluation.provenance}  # fmt: skip
+        storage.publish(uri, json.dumps(summary, indent=1).encode())  # last: without it an evaluation did not end
+    dead = len(lost(evaluation.rows))
     return Summary(job="evaluate", run_id=run_id, status="done", inputs=count, done=count - dead, dead=dead,
                    outputs=outputs, metrics=metrics)  # fmt: skip
+
+
+def _known(uri: str, identity: str) -> dict[str, Any] | None:
+    """Return the summary of this very evaluation where all that it wrote is still there."""
+    if not storage.exists(uri):
+        return None
+    try:
+        found: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        same = found["identity"] == identity and {"run_id", "metrics"} <= found.keys()
+        places = [str(place) for place in found["outputs"] if not str(place).startswith("models:/")]
+    except (ValueError, KeyError, TypeError) as error:
+        say(f"evaluate: {uri} cannot be read ({type(error).__name__}), so what it stood for is done again")
+        return None
+    return found if same and all(map(storage.exists, places)) else None
+
+
+def _stored(model: ResolvedModel, curve: Curve) -> str:
+    """Store the chosen schedule with the model; return the URI of its file, or the version that has it."""
+    place = store_schedule(model, curve)
+    return place if place.startswith("models:/") else storage.join(place, checkpoint.SAMPLING)
 
 
 def _searched(config: EvaluateConfig, plan: Plan) -> Curve:
@@ -85,26 +108,16 @@ def _searched(config: EvaluateConfig, plan: Plan) -> Curve:
     images = held_out or plan.dataset
     return measure_curve(
         plan.candidates, images, plan.model, plan.recipe, measure=config.objective, meter=plan.meter,
-        pick=config.pick, labels=_labels(config, images), output=config.output, running=config.running(),
+        pick=config.pick, labels=labels_for(config, images), output=config.output, running=config.running(),
     )  # fmt: skip
 
 
-def _labels(config: EvaluateConfig, dataset: Dataset) -> dict[str, int] | None:
-    """Return the class of each image, None where there is nothing to classify them with, or they have none."""
-    if config.classifier is None:
-        return None
-    whole = dataset_of(replace(config, limit=None), dataset.scale, split=dataset.split)  # a folder's place is its class
-    keys, num_classes = [item.key for item in whole.items], Classifier(config.classifier).num_classes
-    return labels_of(keys, source_uri=dataset.source, num_classes=num_classes)
-
-
-def _scored(config: EvaluateConfig, plan: Plan, curve: Curve | None) -> tuple[Evaluation, list[str]]:
+def _scored(
+    config: EvaluateConfig, plan: Plan, contenders: Sequence[Contender], curve: Curve | None
+) -> tuple[Evaluation, list[str]]:
     """Score, write the files, and return what was found and their URIs. Raises BudgetExceeded or ValueError."""
-    running = config.running()
-    contenders, dataset = _contenders(plan, config.output), plan.dataset
-    scores = score_dataset(
-        dataset, contenders, meter=plan.meter, labels=_labels(config, dataset), label="evaluate", running=running
-    )
+    running, dataset = config.running(), plan.dataset
+    scores = score_dataset(dataset, contenders, meter=plan.meter, labels=plan.labels, label="evaluate", running=running)
     shown = gallery.pictures(scores.rows, dataset, contenders, running, seed=config.seed)
     evaluation = _evaluation(config, plan, contenders, scores, shown, curve)
     say(table := markdown_table(evaluation.summary, evaluation.sets, evaluation.methods, evaluation.measures))
@@ -113,9 +126,9 @@ def _scored(config: EvaluateConfig, plan: Plan, curve: Curve | None) -> tuple[Ev
         if name not in kept:
             storage.delete(storage.join(config.output, name))  # of another evaluation, now replaced
     files = _write(config, evaluation, scores, table) + [storage.join(config.output, name) for name in kept]
-    _check_dead(config, dataset, scores.rows, files)
+    _check_dead(config, plan, scores.rows, files)
     if config.study:
-        files.append(_study(config, dataset, contenders, scores, running))
+        files.append(_study(config, plan, contenders, scores, running))
     return evaluation, files
 
 
@@ -161,13 +174,34 @@ def _evaluation(
         pictures=pictures,
         curve=curve,
         provenance={
-            "model": f"{model.label}, digest {model.digest[:16]}, preset {plan.preset}",
+            **_origins(plan, contenders),
             "data": f"{config.dataset}, {len(dataset.items)} images, digest {dataset.digest[:16]}",
             "low resolution": dataset.degradation,
             **({"protocol": f"{config.protocol}: {config.preset.source}"} if config.preset else {}),
-            "sampling": json.dumps(asdict(plan.recipe)),
+            "measured with": _files(config),
+            "DiffSR": f"{provenance.version()}, commit {provenance.commit()}",
         },
     )
+
+
+def _origins(plan: Plan, contenders: Sequence[Contender]) -> dict[str, str]:
+    """Return where each model of the rows comes from, and how it was sampled."""
+    models = {each.method: each for each in contenders if each.model is not None}
+    named = dict(zip([name for name in models if name not in ("model", "regression")], plan.rivals, strict=True))
+    named["model"] = (plan.model, plan.recipe)
+    return {
+        name: f"{model.ref}{f' (version {model.version})' if model.version is not None else ''}, digest "
+        f"{model.digest[:16]}{f', preset {plan.preset}' if name == 'model' else ''}; {json.dumps(asdict(recipe))}"
+        for name, (model, recipe) in named.items()
+    }
+
+
+def _files(config: EvaluateConfig) -> str:
+    """Return what measured, and of which files."""
+    given = {name: getattr(config, name) for name in ("niqe", "lpips", "classifier", "inception", "reference")}
+    files = [f"{name} {path} ({files_digest([path])[:16]})" for name, path in given.items() if path is not None]
+    border = config.meter().border
+    return ", ".join([f"a border of {'the scale' if border is None else f'{border} px'}", *files])
 
 
 def _write(config: EvaluateConfig, evaluation: Evaluation, scores: Scores, table: str) -> list[str]:
@@ -178,38 +212,54 @@ def _write(config: EvaluateConfig, evaluation: Evaluation, scores: Scores, table
     return uris
 
 
-def _check_dead(config: EvaluateConfig, dataset: Dataset, rows: list[dict[str, Any]], outputs: list[str]) -> None:
-    """Raise BudgetExceeded where too many images have no score, ValueError where none has one."""
-    lost = {row["key"]: row for row in reversed(rows) if row["reason"]}
-    if len(lost) > max(1, config.max_dead_share * len(dataset.items)):  # one bad file never fails a job (law 1)
-        first = lost[min(lost)]
+def _check_dead(config: EvaluateConfig, plan: Plan, rows: list[dict[str, Any]], outputs: list[str]) -> None:
+    """Raise BudgetExceeded where too many images have no score, ValueError where none has one, or none of the model's.
+
+    A rival that gave no image a score is said, and stands in no one's way.
+    """
+    count, alive = len(plan.dataset.items), scored_methods(rows)
+    for method in dict.fromkeys(row["method"] for row in rows if alive and row["method"] not in alive):
+        first = next(row for row in rows if row["method"] == method)
+        message = f"{method} gave no image a score; {first['key']!r}: {first['reason']}, {first['message']}"
+        if method == "model":
+            raise ValueError(f"model ({plan.model.label}) must give an image a score; {message}")
+        say(f"evaluate: {message}")
+    dead = lost(rows)
+    counts = {"inputs": count, "done": count - len(dead), "skipped": 0, "dead": len(dead)}
+    if len(dead) > max(1, config.max_dead_share * count):  # one bad file never fails a job (law 1)
+        worst = dead[min(dead)]
         raise BudgetExceeded(
-            f"images without a score ({len(lost)} of {len(dataset.items)}) must stay within max_dead_share "
-            f"({config.max_dead_share}); the first is {first['key']!r}: {first['reason']}, {first['message']}; read "
-            f"all of them in {outputs[0]}, mend the cause, then evaluate again",
-            {"inputs": len(dataset.items), "done": len(dataset.items) - len(lost), "skipped": 0, "dead": len(lost)},
+            f"images without a score ({len(dead)} of {count}) must stay within max_dead_share "
+            f"({config.max_dead_share}); the first is {worst['key']!r}, {worst['method']}: {worst['reason']}, "
+            f"{worst['message']}; read all of them in {outputs[0]}, mend the cause, then evaluate again",
+            counts,
         )
-    if len(lost) == len(dataset.items):
-        first = lost[min(lost)]
+    if len(dead) == count:
+        worst = dead[min(dead)]
         raise ValueError(
-            f"dataset ({config.dataset}) must hold at least one readable image; {first['key']!r} is not: "
-            f"{first['reason']}, {first['message']}"
+            f"dataset ({config.dataset}) must hold at least one image that can be scored; {worst['key']!r} is not: "
+            f"{worst['reason']}, {worst['message']}"
         )
 
 
 def _study(
-    config: EvaluateConfig, dataset: Dataset, contenders: Sequence[Contender], scores: Scores, running: Running
+    config: EvaluateConfig, plan: Plan, contenders: Sequence[Contender], scores: Scores, running: Running
 ) -> str:
-    """Write the study's page; return its URI."""
+    """Write the study's page, of every model and the regression; return its URI.
+
+    Its digest names what respondents see: answers to the same page may be counted together, wherever it was written.
+    """
     rivals = [each for each in contenders if each.model is not None]
     count = config.study_images + 1  # one is for practice
-    found = gallery.trials(scores.rows, dataset, rivals, running, count=count, seed=config.seed)
-    title = f"Which is the photograph? {len({trial.key for trial in found})} pairs"
-    digest = fingerprint({"data": dataset.digest, "contenders": [asdict(each) for each in rivals]})
+    found = gallery.trials(scores.rows, plan.dataset, rivals, running, count=count, seed=config.seed)
+    pictures = [
+        [trial.key, trial.method, *map(storage.digest_bytes, (trial.lr, trial.sr, trial.hr))] for trial in found
+    ]
+    asked = {name: getattr(config, name) for name in ("study_seconds", "study_task", "seed")}
     tasks: dict[str, bool | Literal["both"]] = {"unaided": False, "lr-shown": True, "both": "both"}
     page = write_study(
-        found, title=title, seed=config.seed, seconds=config.study_seconds, show_lr=tasks[config.study_task],
-        digest=digest,
+        found, title="Which is the photograph?", seed=config.seed, seconds=config.study_seconds,
+        show_lr=tasks[config.study_task], digest=fingerprint({**asked, "pictures": pictures}),
     )  # fmt: skip
     storage.publish(uri := storage.join(config.output, "study.html"), page.encode())
     return uri

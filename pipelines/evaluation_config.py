@@ -31,7 +31,7 @@ class EvaluateConfig(SamplingConfig):
     dataset: str | None = field(default=None, metadata={"unit": "URI"})
     """Folder or list of HR images, or a pair set."""
     lr_source: str | None = field(default=None, metadata={"unit": "URI"})
-    """Folder of the LR images of a folder of HR images; no LR is made then."""
+    """Folder of the LR images of a folder of HR images; no LR is made then. Their sizes are checked, no more."""
     lr_name: str = "{key}"
     """Where the LR of an image lies below lr_source: {key}, or made of {folder} {stem} {suffix}, as {stem}x4.png."""
     output: str = field(metadata={"unit": "URI"})
@@ -79,7 +79,7 @@ class EvaluateConfig(SamplingConfig):
     store: bool = False
     """Store the point that was picked in the model's folder; of a registered model, as its next version."""
     study: bool = field(default=False, metadata={"group": "fool-rate study"})
-    """Write study.html: people say which of two pictures is the photograph (the fool rate)."""
+    """Write study.html: people say which of two pictures is the photograph. Each image is of one method, in turn."""
     study_images: int = 50
     """Images in the study."""
     study_seconds: float = 3.0
@@ -119,6 +119,8 @@ class EvaluateConfig(SamplingConfig):
         for level in self.search_start_levels:
             check(0 <= level < 1, "search_start_levels", level, "must be from 0 to below 1 each", "use 0,0.5")
         check_pick(self.pick)
+        check("sigma" not in self.metrics or self.num_samples() > 1, "metrics", "sigma", "needs several samples",
+              "give --samples 4")  # fmt: skip
         check(not self.store or bool(self.search_steps), "store", self.store, "needs a search", "give --search-steps")
         for name in ("num_workers", "samples", "study_images"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1", "use 1 or more")
@@ -167,7 +169,15 @@ class EvaluateConfig(SamplingConfig):
         """Return the settings of search and study, for the evaluation's identity."""
         names: list[str] = []
         if self.search_steps:
-            names = ["search_steps", "search_samplers", "search_grids", "search_start_levels", "objective", "pick"]
+            names = [
+                "search_steps",
+                "search_samplers",
+                "search_grids",
+                "search_start_levels",
+                "objective",
+                "pick",
+                "store",
+            ]
         if self.study:
             names += ["study_images", "study_seconds", "study_task"]
         return {name: getattr(self, name) for name in names}

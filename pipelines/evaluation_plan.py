@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass, replace
 from diffsr_core.checkpoint import model_from_files
 from diffsr_core.sampling import SamplingRecipe
 from diffsr_core.search import Candidate
+from pipelines.classifiers import Classifier, labels_of
 from pipelines.config import check, fingerprint
 from pipelines.datasets import Dataset, open_dataset
 from pipelines.engine import say
 from pipelines.evaluation_config import EvaluateConfig
-from pipelines.measures import MeterSettings, check_settings
+from pipelines.measures import FROM_ROWS, SET_MEASURES, MeterSettings, check_settings, files_digest
 from pipelines.models import ResolvedModel, resolve
 
 
@@ -23,6 +24,7 @@ class Plan:
     baselines: tuple[str, ...]
     dataset: Dataset
     meter: MeterSettings
+    labels: dict[str, int] | None
     candidates: list[Candidate]
     preset: str
 
@@ -35,8 +37,9 @@ class Plan:
                 "models": [[model.digest, asdict(recipe)] for model, recipe in models],
                 "baselines": list(self.baselines),
                 "data": self.dataset.digest,
-                "meter": asdict(self.meter),
-                "reference": config.reference or "",
+                "meter": self.meter.identity(),
+                "labels": self.labels,
+                "reference": files_digest([config.reference]),
                 "asked": config.asked(),
             }
         )
@@ -51,6 +54,9 @@ def planned(config: EvaluateConfig) -> Plan:
     networks = [network.config for network, _ in documents]
     scale, candidates, baselines = networks[0].scale, config.candidates(), config.baselines
     check_settings(meter := config.meter(), reference=config.reference)
+    measured = (*meter.measures, *FROM_ROWS, *(SET_MEASURES if meter.inception else ()))
+    check(not candidates or config.objective in measured, "objective", config.objective, "must be measured",
+          "name it in --metrics, or give its file")  # fmt: skip
     dataset = dataset_of(config, scale, split=config.split)
     if candidates and networks[0].denoiser is None:
         raise ValueError(f"model ({models[0].label}) is a regression, it has no schedule; leave out --search-steps")
@@ -72,6 +78,7 @@ def planned(config: EvaluateConfig) -> Plan:
         baselines=baselines,
         dataset=dataset,
         meter=meter,
+        labels=labels_for(config, dataset),
         candidates=candidates,
         preset=str(documents[0][1]["preset"]),
     )
@@ -93,3 +100,15 @@ def dataset_of(config: EvaluateConfig, scale: int, *, split: str) -> Dataset:
         framing=protocol.framing if protocol else None,
         limit=config.limit,
     )
+
+
+def labels_for(config: EvaluateConfig, dataset: Dataset) -> dict[str, int] | None:
+    """Return the class of each image; None without a classifier, or, said aloud, without classes. Raises ValueError."""
+    if config.classifier is None:
+        return None
+    whole = dataset_of(replace(config, limit=None), dataset.scale, split=dataset.split)  # a folder's place is its class
+    keys, num_classes = [item.key for item in whole.items], Classifier(config.classifier).num_classes
+    found = labels_of(keys, source_uri=dataset.source, num_classes=num_classes)
+    if found is None:
+        say("evaluate: the images are in no class folders and have no labels.json, so there is no top1 and no top5")
+    return found

@@ -1,7 +1,9 @@
 """What is measured of a super-resolved image, and of a set of them: the names, what they need, and the meter."""
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -90,11 +92,27 @@ class MeterSettings:
     classifier: str | None = None
     inception: str | None = None
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings, their files by what is in them: what decides the numbers."""
+        files = files_digest([self.niqe, self.lpips, self.classifier, self.inception])
+        return {"names": sorted(self.measures), "border": self.border, "files": files, "sets": bool(self.inception)}
+
     @property
     def measures(self) -> tuple[str, ...]:
         """The per-image measures of a meter with these settings, in the order of tables: the keys of what it gives."""
         asked = {*self.names, *(name for name, file in _FILE_OF.items() if getattr(self, file))}
         return tuple(name for name in MEASURES if name in asked and name not in FROM_ROWS)
+
+
+def files_digest(paths: Iterable[str | None]) -> str:
+    """Return the sha256 of the contents of these files and of those in these folders; None is none."""
+    found = hashlib.sha256()
+    for path in filter(None, paths):
+        files = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
+        for file in filter(Path.is_file, files):
+            with file.open("rb") as content:
+                found.update(hashlib.file_digest(content, "sha256").digest())
+    return found.hexdigest()
 
 
 class Features(NamedTuple):

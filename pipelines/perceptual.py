@@ -93,7 +93,8 @@ def read_pristine(path: str | Path) -> Pristine:
             mean, covariance, window = (file[k] for k in ("mu_pris_param", "cov_pris_param", "gaussian_window"))
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise ValueError(
-            f"path is {str(path)!r}: it must be NIQE's niqe_pris_params.npz, as in BasicSR's basicsr/metrics: {error}"
+            f"path is {str(path)!r}: it must be NIQE's niqe_pris_params.npz, as in BasicSR's basicsr/metrics "
+            f"({type(error).__name__})"
         ) from error
     if (mean.size, covariance.shape, window.shape) != (36, (36, 36), (7, 7)):
         raise ValueError(

@@ -8,21 +8,34 @@ from pipelines.evaluated import Evaluation
 from pipelines.intervals import Interval, mean_interval
 
 
+def scored_methods(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the methods that gave at least one image a score."""
+    return {row["method"] for row in rows if not row["reason"]}
+
+
+def lost(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return key -> the first row that says why, of each image that a method has no score for.
+
+    A method that has none at all is out of the comparison: it takes no image from the others.
+    """
+    alive = scored_methods(rows)
+    return {row["key"]: row for row in reversed(rows) if row["reason"] and (row["method"] in alive or not alive)}
+
+
 def summarise(
     rows: Sequence[Mapping[str, Any]], methods: Sequence[str], measures: Sequence[str]
 ) -> dict[str, dict[str, Interval]]:
-    """Return method -> measure -> mean and 95 % interval over the images that every method has a score for.
+    """Return method -> measure -> mean and 95 % interval over the images that none of them has `lost`.
 
     What none has is left out, and a measure with a value that is not finite, which makes no mean.
     """
-    dead = {row["key"] for row in rows if row["reason"]}
+    dead = lost(rows)
     found: dict[str, dict[str, Interval]] = {}
     for method in methods:
-        own = [row for row in rows if row["method"] == method and row["key"] not in dead]
+        own = [row for row in rows if row["method"] == method and not row["reason"] and row["key"] not in dead]
         values = {name: [row[name] for row in own if row.get(name) is not None] for name in measures}
-        found[method] = {
-            name: mean_interval(of_it) for name, of_it in values.items() if of_it and all(map(math.isfinite, of_it))
-        }
+        finite = {name: of_it for name, of_it in values.items() if of_it and all(map(math.isfinite, of_it))}
+        found[method] = {name: mean_interval(of_it) for name, of_it in finite.items()}
     return found
 
 

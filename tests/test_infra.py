@@ -18,7 +18,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 INFRA = REPOSITORY / "infra"
 SCHEMAS = REPOSITORY.parent / "shared" / "schemas" / "kuberay"
 JOBS = ("make_pairs", "train", "evaluate", "promote", "upscale")
-TOOLS = ("manipulate", "image", "import_weights")  # they work on files of the machine where they are typed: no cluster's work
+TOOLS = (
+    "manipulate",
+    "image",
+    "import_weights",
+)  # they work on files of the machine they are typed on
 
 MANIFESTS = {
     f"{path.relative_to(INFRA)}#{number}": document

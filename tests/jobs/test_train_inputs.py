@@ -122,7 +122,7 @@ def test_pairs_that_cannot_be_trained_on_are_refused(
         (["--batch-size", 13], r"pairs in split train \(12\) must be at least the batch \(13\); add sources"),
         (
             ["--lpips", "nowhere"],
-            r"LPIPS needs nowhere/.*\.pth, which is not there; nothing is downloaded: fetch https://",
+            r"LPIPS needs .*nowhere/.*\.pth, which is not there; nothing is downloaded: fetch https://",
         ),
         (["--sampling-steps", 201], r"steps \(201\) must be .*200"),
         (["--init", "nowhere"], r"model \(.*nowhere\) must be a folder with config.json; give one"),
