@@ -22,6 +22,9 @@ from pipelines.pages import visible
 
 MIN_RESPONDENTS = 3  # of whom a spread can be told
 EXTREMES = 5  # images that fool most, and least
+EXPLANATION = """The fool rate is the share of trials in which the method's image was taken for the photograph: 50 % is
+perfect confusion. 50 % is inside where either interval holds it. Answers of one person are alike, so the
+interval over respondents says more than that over trials; fewer than 3 respondents have none."""
 TASKS = {1: "task 1, LR shown", 2: "task 2, LR not shown"}
 
 
@@ -55,52 +58,84 @@ class ImageCount:
     fooled: int
 
 
+@dataclass(frozen=True, kw_only=True, order=True)
+class LeftOut:
+    """A file that was not counted, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What a study's files say. rows: one a trial, `respondent`, `complete` and all fields of an answer."""
+
+    rows: tuple[dict[str, Any], ...]
+    num_files: int  # that were given
+    left_out: tuple[LeftOut, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FoolRates:
-    """Rates by task and method; images by task, those that fool most first."""
+    """Rates by task and method; images by task, those that fool most first; files as in `Collected`."""
 
     rates: tuple[FoolRate, ...]
     images: tuple[ImageCount, ...]
+    num_files: int
+    left_out: tuple[LeftOut, ...]
 
 
-def read_answers(uris: Iterable[storage.Uri], *, digest: str | None = None) -> list[dict[str, Any]]:
-    """Return one row a trial: `respondent`, `complete` and all fields of an answer. Says what was counted once.
+def read_answers(uris: Iterable[storage.Uri], *, digest: str | None = None) -> "Collected":
+    """Return what was answered, one row a trial. Says what was left out, and what was counted once.
 
-    digest: of the study; None for that of the first file. A respondent's files (one saved half way, one at the end)
-    count once, as the longest. Raises ValueError for a file that is no answers, is of another study, or contradicts
-    another; OSError for one that cannot be read.
+    A file that cannot be read, or that the page cannot have saved, is left out. A respondent's files (one saved half
+    way, one at the end) count once, as the longest. digest: of the study; None for that of the first file. Raises
+    ValueError where no file can be read, and for files that do not belong together: of other studies, shown for
+    another time, or two that contradict each other; TransientError for a store that does not answer.
     """
-    found: dict[str, _Answers] = {}
+    found: dict[str, tuple[str, _Answers]] = {}  # respondent -> name of the file, answers
+    left_out: list[LeftOut] = []
     repeated = Counter[str]()
+    first: tuple[str, _Answers] | None = None
     for uri in uris:
-        answers = _answers(uri)
-        digest = digest or answers.study
+        name = visible(uri)
+        try:
+            answers = _answers(uri)
+        except ValueError as error:
+            left_out.append(LeftOut(file=name, reason=str(error)))
+            say(f"answers: left out: {error}")
+            continue
+        first = first or (name, answers)
+        _check_together(name, answers, first=first, digest=digest)
+        before = found.get(answers.respondent, (name, answers))
+        short, long = sorted((before, (name, answers)), key=lambda one: len(one[1].trials))
         check(
-            answers.study == digest, f"study of {visible(uri)}", answers.study, f"must be {digest!r}",
-            "give the files of one study",
-        )  # fmt: skip
-        before = found.get(answers.respondent, answers)
-        short, long = sorted((before, answers), key=lambda one: len(one.trials))
-        check(
-            long.trials[: len(short.trials)] == short.trials, f"respondent of {visible(uri)}", answers.respondent,
-            "must say the same in each file", "leave out the file that was changed",
+            long[1].trials[: len(short[1].trials)] == short[1].trials, f"respondent of {name}", answers.respondent,
+            f"must say the same as in {before[0]}", "leave out the file that was changed",
         )  # fmt: skip
         repeated[answers.respondent] += answers.respondent in found
         found[answers.respondent] = long
-    for name, times in sorted((+repeated).items()):
-        say(f"answers: respondent {name} is in {times + 1} files, counted once")
-    parts = sum(not answers.complete for answers in found.values())
+    num_files = repeated.total() + len(found) + len(left_out)
+    remedy = left_out[0].reason if left_out else "give the files that the page saved"
+    check(bool(found), "answers", f"{num_files} files", "must hold one or more that can be counted", remedy)
+    for respondent, times in sorted((+repeated).items()):
+        say(f"answers: respondent {respondent} is in {times + 1} files, counted once")
+    if left_out:
+        say(f"answers: {len(left_out)} of {num_files} files were left out")
+    parts = sum(not answers.complete for _, answers in found.values())
     if parts:
         say(f"answers: {parts} of {len(found)} respondents stopped before the end; what they answered counts")
-    return [
-        {"respondent": name, "complete": answers.complete} | trial.model_dump()
-        for name, answers in sorted(found.items())
+    rows = tuple(
+        {"respondent": respondent, "complete": answers.complete} | trial.model_dump()
+        for respondent, (_, answers) in sorted(found.items())
         for trial in answers.trials
-    ]
+    )
+    return Collected(rows=rows, num_files=num_files, left_out=tuple(sorted(left_out)))
 
 
-def fool_rates(rows: Sequence[Mapping[str, Any]]) -> FoolRates:
-    """Return the rates of rows as `read_answers` gives them, whatever their order. Raises ValueError for none."""
+def fool_rates(collected: Collected) -> FoolRates:
+    """Return the rates of what `read_answers` found, whatever the order of its rows. Raises ValueError for none."""
+    rows = collected.rows
     check(bool(rows), "answers", len(rows), "must be one or more", "give files with answers")
     groups = defaultdict[tuple[int, str], list[Mapping[str, Any]]](list)
     images = defaultdict[tuple[int, str, str], list[bool]](list)
@@ -112,11 +147,14 @@ def fool_rates(rows: Sequence[Mapping[str, Any]]) -> FoolRates:
         for (task, method, key), found in images.items()
     ]
     counts.sort(key=lambda one: (one.task, -one.fooled / one.trials, -one.trials, one.key, one.method))
-    return FoolRates(rates=tuple(_rate(groups[name]) for name in sorted(groups)), images=tuple(counts))
+    return FoolRates(
+        rates=tuple(_rate(groups[name]) for name in sorted(groups)), images=tuple(counts),
+        num_files=collected.num_files, left_out=collected.left_out,
+    )  # fmt: skip
 
 
 def to_markdown(found: FoolRates) -> str:
-    """Return the table of rates, and the images that fool most and least, as GitHub's Markdown."""
+    """Return the table of rates, what was left out, and the images that fool most and least, as GitHub's Markdown."""
     heads = ["task", "method", "trials", "respondents", "fool rate", "95 % over trials", "95 % over respondents"]
     lines = ["| " + " | ".join([*heads, "50 % is", "median response"]) + " |", "|---|---|" + "---:|" * 7]
     for rate in found.rates:
@@ -124,14 +162,10 @@ def to_markdown(found: FoolRates) -> str:
         cells += [f"{rate.by_trials.mean:.1%}", _ends(rate.by_trials), _ends(rate.by_respondents)]
         cells += ["inside" if rate.confused else "outside", f"{rate.response_ms / 1000:.2f} s"]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "The fool rate is the share of trials in which the method's image was taken for the photograph: 50 % is",
-    ]
-    lines += [
-        "perfect confusion. 50 % is inside where either interval holds it. Answers of one person are alike, so the"
-    ]
-    lines += ["interval over respondents says more than that over trials; fewer than 3 respondents have none."]
+    lines += ["", EXPLANATION]
+    if found.left_out:
+        lines += ["", f"**{len(found.left_out):,} of {found.num_files:,} files were left out:**", ""]
+        lines += [f"* {plain(one.reason)}" for one in found.left_out]
     for task, words in TASKS.items():
         images = [one for one in found.images if one.task == task]
         least = images[EXTREMES:][::-1][:EXTREMES]
@@ -151,7 +185,9 @@ def to_json(found: FoolRates) -> str:
         row["by_trials"] = rate.by_trials[1:]
         row["by_respondents"] = rate.by_respondents and rate.by_respondents[1:]
         rates.append(row | {"contains_half": rate.confused})
-    return json.dumps({"rates": rates, "images": [asdict(one) for one in found.images]}, indent=1, allow_nan=False)
+    document = {"files": found.num_files, "left_out": [asdict(one) for one in found.left_out], "rates": rates}
+    document["images"] = [asdict(one) for one in found.images]
+    return json.dumps(document, indent=1, allow_nan=False)
 
 
 Milliseconds = Annotated[float, Field(ge=0)]
@@ -182,6 +218,7 @@ class _Answers(BaseModel):
     title: InstanceOf[str]
     task: Literal[1, 2, "both"]
     seconds: Annotated[float, Field(gt=0)]
+    fixation_s: Annotated[float, Field(ge=0)]
     respondent: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     started: str
     viewport: Annotated[list[int], Field(min_length=2, max_length=2)]  # width and height, CSS px
@@ -191,17 +228,30 @@ class _Answers(BaseModel):
     trials: list[_Answer]
 
 
+def _check_together(name: str, answers: _Answers, *, first: tuple[str, _Answers], digest: str | None) -> None:
+    """Raises ValueError for a file whose trials were not those of the study, or were shown for another time."""
+    own = answers.study
+    check(digest in (None, own), f"study of {name}", own, f"must be {digest!r}", "give the files of that study")
+    for field in ("study", "seconds", "fixation_s"):
+        value, other = getattr(answers, field), getattr(first[1], field)
+        rule = f"must be {other!r}, as in {first[0]}"
+        check(value == other, f"{field} of {name}", value, rule, "count the files of each study by themselves")
+
+
 def _answers(uri: storage.Uri) -> _Answers:
-    """Return one file. Raises ValueError for what the page cannot have written."""
+    """Return one file. Raises ValueError for what cannot be read, or the page cannot have written; TransientError."""
     name = visible(uri)
     try:
         found = _Answers.model_validate(json.loads(storage.read_bytes(uri)))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
-        raise ValueError(
-            f"answers {name}: {visible(place)}: {first['msg']}; use the file as the page saved it"
-        ) from None
+        wrong = error.errors()[0]
+        place = visible(".".join(map(str, wrong["loc"])) or "the whole")
+        raise ValueError(f"answers {name}: {place}: {wrong['msg']}; use the file as the page saved it") from None
+    except storage.TransientError:  # the next run may well read it, so nothing may be counted without it
+        raise
+    except OSError as error:
+        reason = visible(error.strerror or error)
+        raise ValueError(f"answers ({name}) must be a file that can be read: {reason}; give its whole name") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"answers {name} must be whole JSON ({error}); download the file again") from None
     for key, times in Counter(trial.key for trial in found.trials).items():

@@ -275,5 +275,6 @@ def _fool_rate(config: EvaluateConfig) -> Summary:
     if not config.dry_run:
         for uri, text in zip(outputs, (to_json(found), table), strict=True):
             storage.publish(uri, text.encode())
-    return Summary(job="evaluate", run_id="none", status="done", inputs=len(config.answers),
-                   done=len(config.answers), outputs=[] if config.dry_run else outputs)  # fmt: skip
+    dead = len(found.left_out)
+    return Summary(job="evaluate", run_id="none", status="done", inputs=found.num_files, done=found.num_files - dead,
+                   dead=dead, outputs=[] if config.dry_run else outputs)  # fmt: skip

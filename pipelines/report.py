@@ -59,6 +59,7 @@ def write_report(evaluation: Evaluation) -> str:
     anchors: dict[str, str] = {}
     groups = _groups(evaluation, anchors)
     chosen = _first_columns(evaluation.measures)
+    evaluated = next((name for name in EVALUATED if name in methods), list(methods)[-1] if methods else "")
     environment = pages()
     environment.filters |= {"number": number, "unit": _unit, "cell": _interval, "count": "{:,}".format}
     return environment.get_template("report.html").render(
@@ -70,6 +71,7 @@ def write_report(evaluation: Evaluation) -> str:
         summary=evaluation.summary,
         sets=evaluation.sets,
         best=_best(evaluation, measures, whole),
+        fewer=_fewer(evaluation, images),
         images=images,
         by_key={image.key: image for image in images},
         winners_of=lambda image, measure: winners({m: image.score(m, measure.name) for m in methods}, measure),
@@ -87,7 +89,8 @@ def write_report(evaluation: Evaluation) -> str:
         spreads=_spreads(images, methods, measures),
         groups=groups,
         uncertain=any(picture.uncertainty for picture in evaluation.pictures),
-        evaluated=next((name for name in EVALUATED if name in methods), list(methods)[-1] if methods else ""),
+        evaluated=evaluated,
+        own_first={evaluated: methods[evaluated], **methods} if methods else {},
         chosen=chosen,
         static_rows=STATIC_ROWS,
         table=_table(images, methods, measures, chosen, anchors),
@@ -134,6 +137,21 @@ def _best(evaluation: Evaluation, measures: Sequence[Measure], whole: Sequence[M
     for measure in whole:
         values = {m: evaluation.sets.get(m, {}).get(measure.name) for m in evaluation.methods}
         found[measure.name] = winners(values, measure)
+    return found
+
+
+def _fewer(evaluation: Evaluation, images: Sequence[Judged]) -> dict[str, dict[str, str]]:
+    """Return, by measure and method, "n of m": of m images that every method has a score for, the mean is over n.
+
+    What is over all of them has no entry.
+    """
+    whole = [image for image in images if not image.failures]  # as `summarise` does
+    found: dict[str, dict[str, str]] = {}
+    for name in evaluation.measures:
+        for method in (m for m in evaluation.methods if name in evaluation.summary.get(m, {})):
+            of_it = [image.score(method, name) is not None for image in whole if method in image.scores]
+            if not all(of_it):
+                found.setdefault(name, {})[method] = f"{sum(of_it):,} of {len(of_it):,}"
     return found
 
 

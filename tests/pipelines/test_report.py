@@ -206,6 +206,24 @@ def test_the_summary_has_means_with_intervals_and_stars_the_best_by_what_is_bett
     assert not [span for span in alone.all("span") if span.get("aria-label") == "best"]
 
 
+def test_a_mean_over_fewer_images_than_were_scored_says_so():
+    rows = [*scored("a", 1.0), *scored("b", 2.0), *scored("c", 3.0), *failed("d", "model")]
+    rows += [row for row in scored("d", 4.0) if row["method"] != "model"]  # no method's mean has d in it
+    for row in rows:
+        if row["key"] in "cd" and row["method"] == "bicubic":
+            row["ssim"] = None
+        if row["key"] in "bc" and row["method"] == "model":
+            row["ssim"] = None
+    page = Page(report(rows=rows))
+    rows = {row[0]: [" ".join(cell.split()) for cell in row] for row in page.rows[1:4]}
+    assert rows["bicubic"][2] == "0.8123† [0.8000, 0.8200]" and rows["diffusion"][2].startswith("★0.8500† [")
+    assert sum("†" in cell for row in rows.values() for cell in row) == 2
+    titles = [cell["title"] for cell in page.all("td") if "title" in cell]
+    assert titles == ["n = 2 of 3", "n = 1 of 3"]
+    assert "† over fewer of these images" in page.text and "SSIM n = 2 of 3 or 1 of 3." in " ".join(page.text.split())
+    assert "†" not in report()
+
+
 def test_every_image_is_counted_and_those_without_a_score_say_why():
     oom = failed("part.png", "model", reason="oom", message="too large")
     rows = [*scored("a.png", 20.5), *failed("broken.png"), *failed("gone.png", reason="missing", message=""),
@@ -255,7 +273,20 @@ def test_crops_are_embedded_byte_for_byte_once_and_under_their_names():
         ("picture-2", "--width: 64; --height: 64"),
     ]
     assert "a.png is shown above" in page.text and {"href": "#picture-1"} in page.all("a")
-    assert [row for row in page.rows if row[0] == "PSNR"] == [["PSNR", "20.50", "21.50", "★22.50"]]
+    assert [row for row in page.rows if row[0] == "PSNR"] == [["PSNR", "★22.50", "20.50", "21.50"]]
+
+
+def test_the_evaluated_method_comes_first_in_the_scores_of_a_picture():
+    tables = {"model": ["measure", "diffusion", "bicubic", "regression"],
+              "other": ["measure", "last", "bicubic", "regression"]}  # fmt: skip
+    for last, heads in tables.items():
+        methods = {**METHODS} if last == "model" else {"bicubic": "bicubic", "regression": "regression", last: "last"}
+        rows = [row | {"method": row["method"].replace("model", last)} for row in scored("a.png", 20.5)]
+        crops = {name.replace("model", last): data for name, data in picture().crops.items()}
+        page = Page(report(methods=methods, rows=rows, pictures=[picture(crops=crops)]))
+        at = page.rows.index(heads)
+        assert page.rows[at + 1] == ["PSNR", "★22.50", "20.50", "21.50"]
+        assert page.rows[0][0] == "method" and page.rows[3][0] == heads[1]  # elsewhere the order is that of methods
 
 
 NO_CROPS = {

@@ -10,13 +10,15 @@ import shutil
 import subprocess
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import bootstrap, norm
 
-from pipelines.answers import fool_rates, read_answers, to_json, to_markdown
+from pipelines import storage
+from pipelines.answers import Collected, fool_rates, read_answers, to_json, to_markdown
 from pipelines.study import Trial, write_study
 
 HOSTILE = 'in"b\'ox/</script><script>document.title="owned"</script>\n&amp;\u202egnp\ud800__proto__.png'
@@ -468,9 +470,9 @@ def answers(respondent="0123456789abcdef", *, fooled=(True, False, True), method
         for n, was in enumerate(fooled)
     ]  # fmt: skip
     document = {
-        "format": 1, "study": "d1", "title": "Faces", "task": 2, "seconds": 3, "respondent": respondent,
-        "started": "2026-01-01T00:00:00.000Z", "viewport": [1200, 900], "device_pixel_ratio": 1.5,
-        "planned": len(trials), "complete": True, "trials": trials,
+        "format": 1, "study": "d1", "title": "Faces", "task": 2, "seconds": 3, "fixation_s": 0.5,
+        "respondent": respondent, "started": "2026-01-01T00:00:00.000Z", "viewport": [1200, 900],
+        "device_pixel_ratio": 1.5, "planned": len(trials), "complete": True, "trials": trials,
     }  # fmt: skip
     return document | changes
 
@@ -523,9 +525,9 @@ def test_the_rates_do_not_depend_on_the_order_of_the_files(tmp_path):
         (tmp_path / f"{number}.json").write_text(json.dumps(document))
     paths = sorted(tmp_path.glob("*.json"))
     assert fool_rates(read_answers(paths)) == fool_rates(read_answers(paths[::-1]))
-    rows = read_answers(paths)
-    shuffled = random.Random(0).sample(rows, len(rows))
-    assert fool_rates(shuffled) == fool_rates(rows)
+    found = read_answers(paths)
+    shuffled = tuple(random.Random(0).sample(found.rows, len(found.rows)))
+    assert fool_rates(replace(found, rows=shuffled)) == fool_rates(found)
 
 
 @pytest.mark.parametrize("fooled, inside", [(25, True), (19, True), (12, False), (40, False)])
@@ -559,16 +561,22 @@ def test_a_respondent_with_two_files_counts_once_as_the_longer_one(tmp_path, cap
 
 
 def test_files_of_one_respondent_that_disagree_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="must say the same"):
+    with pytest.raises(ValueError, match=r"1\.json.* must say the same as in .*0\.json"):
         counted(tmp_path, answers(), answers(fooled=[False] * 3))
 
 
 def test_a_file_of_another_study_is_refused_by_both_names(tmp_path):
     other = answers("f" * 16, study="d2")
-    with pytest.raises(ValueError, match=r"1\.json.*'d2'.*'d1'"):
+    with pytest.raises(ValueError, match=r"1\.json.*'d2'.*'d1', as in .*0\.json"):
         counted(tmp_path, answers(), other)
     with pytest.raises(ValueError, match=r"0\.json.*'d1'.*'d3'"):
         counted(tmp_path, answers(), digest="d3")
+
+
+@pytest.mark.parametrize("name", ["seconds", "fixation_s"])
+def test_files_whose_images_were_shown_for_another_time_are_not_counted_together(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name} of .*1\.json.*\(2\.0\).*as in .*0\.json"):
+        counted(tmp_path, answers(), answers("f" * 16, **{name: 2.0}))
 
 
 def changed(**changes):
@@ -609,9 +617,49 @@ def test_a_file_that_the_page_did_not_save_is_refused_by_name(tmp_path, content,
     assert "odd\\u202e.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("bad", [0, 1])  # whichever comes first
+def test_a_file_that_cannot_be_read_is_left_out_named_and_counted(tmp_path, capsys, bad):
+    paths = [tmp_path / f"{n}.json" for n in range(3)]
+    paths[bad].write_text(json.dumps(answers())[:-20])
+    paths[1 - bad].write_text(json.dumps(answers("f" * 16)))
+    found = fool_rates(read_answers(paths))  # the third is missing
+    alone = fool_rates(read_answers(paths[1 - bad : 2 - bad]))
+    assert (found.rates, found.images) == (alone.rates, alone.images) and not alone.left_out
+    assert [one.file for one in found.left_out] == [str(paths[bad]), str(paths[2])] and found.num_files == 3
+    said = capsys.readouterr().err
+    document, text = json.loads(to_json(found)), to_markdown(found)
+    assert [one["file"] for one in document["left_out"]] == [str(paths[bad]), str(paths[2])] and document["files"] == 3
+    for one in found.left_out:
+        assert f"left out: {one.reason}\n" in said and one.reason in [each["reason"] for each in document["left_out"]]
+    assert "2 of 3 files were left out" in said and "**2 of 3 files were left out:**" in text
+    assert "whole JSON" in text and "No such file" in text and "left out" not in to_markdown(alone)
+
+
+def test_a_missing_file_alone_is_an_error_with_its_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"gone\.json\) must be .* can be read: No such file.*; give") as caught:
+        read_answers([tmp_path / "gone.json"])
+    assert "Errno" not in str(caught.value)
+
+
+def test_a_store_that_does_not_answer_is_an_error_and_not_a_file_to_leave_out(tmp_path, monkeypatch):
+    (tmp_path / "0.json").write_text(json.dumps(answers()))
+    whole = storage.read_bytes
+
+    def read(uri):
+        if "1" in os.path.basename(uri):
+            raise storage.TransientError(3, 1.0, "503", "read")
+        return whole(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", read)
+    with pytest.raises(storage.TransientError):
+        read_answers([tmp_path / "0.json", tmp_path / "1.json"])
+
+
 def test_no_answers_have_no_rate():
     with pytest.raises(ValueError, match="answers"):
-        fool_rates([])
+        fool_rates(Collected(rows=(), num_files=0, left_out=()))
+    with pytest.raises(ValueError, match=r"answers .*0 files"):
+        read_answers([])
 
 
 def test_images_are_listed_by_how_often_they_fool_and_the_tables_are_exactly_this(tmp_path):
