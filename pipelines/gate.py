@@ -12,6 +12,8 @@ from pipelines.measures import MEASURES
 from pipelines.rules import Floor, Latency, Primary, Rules
 
 CHALLENGER, CHAMPION, BICUBIC = "challenger", "champion", "bicubic"
+NOT_FINITE = "nan"  # reason of a row whose result had NaN or infinite values
+MOST_NAMES, MOST_MESSAGE = 5, 200  # images that a text names, and characters of a message that it quotes
 Row = Mapping[str, Any]
 
 
@@ -71,26 +73,30 @@ class Verdict:
 
 
 class _Scores:
-    """The rows of the images that both have, by method, in the order of the keys."""
+    """The rows of the two: scored by key, lost by key (those with a reason), and pairs, the images that both scored."""
 
     def __init__(self, rows: Sequence[Row], opponent: str) -> None:
         self.opponent = opponent
-        found = {
-            method: {row["key"]: row for row in rows if row["method"] == method and not row["reason"]}
-            for method in (CHALLENGER, opponent)
-        }
-        self.alone = {method: found[method].keys() - found[other].keys() for method, other in _crossed(found)}
-        self.keys = sorted(found[CHALLENGER].keys() & found[opponent].keys())
-        self.pairs = {method: [found[method][key] for key in self.keys] for method in found}
-        self.repeated = sum(row["method"] in found for row in rows) - len(
-            {(row["key"], row["method"]) for row in rows if row["method"] in found}
-        )
+        own = {method: [row for row in rows if row["method"] == method] for method in (CHALLENGER, opponent)}
+        self.scored = {m: {row["key"]: row for row in found if not row["reason"]} for m, found in own.items()}
+        self.lost = {m: {row["key"]: row for row in found if row["reason"]} for m, found in own.items()}
+        first, second = (self.scored[method].keys() for method in own)
+        self.alone = {CHALLENGER: sorted(first - second), opponent: sorted(second - first)}
+        self.keys = sorted(first & second)
+        self.pairs = {method: [self.scored[method][key] for key in self.keys] for method in own}
+        self.repeated = sum(len(found) - len({row["key"] for row in found}) for found in own.values())
 
     def values(self, method: str, metric: str) -> list[float] | None:
-        """Return a metric of each image, None where one of them has it not or it is not finite."""
-        found = [row.get(metric) for row in self.pairs[method]]
-        values = [float(value) for value in found if value is not None and math.isfinite(value)]
-        return values if values and len(values) == len(found) else None
+        """Return a metric of each image of both, None where one of them has it not or it is not finite."""
+        return _numbers(self.pairs[method], metric)
+
+    def names(self, keys: Sequence[str], *methods: str) -> str:
+        """Return the first keys as a text, and the reason and message of the first, as one of the methods has it."""
+        row = next((self.lost[method][keys[0]] for method in methods if keys[0] in self.lost[method]), None)
+        why = "no row" if row is None else f"{row['reason']}: {str(row['message'])[:MOST_MESSAGE]!r}"
+        more = "".join(f", {key!r}" for key in keys[1:MOST_NAMES])
+        rest = f" and {len(keys) - MOST_NAMES} more" if len(keys) > MOST_NAMES else ""
+        return f"{keys[0]!r} ({why}){more}{rest}"
 
     def both(self, metric: str) -> tuple[list[float], list[float]] | None:
         """Return a metric of the challenger and of the opponent."""
@@ -101,7 +107,8 @@ class _Scores:
 def judge(rows: Sequence[Row], rules: Rules, facts: Facts) -> Verdict:
     """Return the verdict on long rows, one per image and method; methods but the two compared do not count.
 
-    Every rule has its check, also where another has failed; one that cannot be judged for want of scores fails.
+    Every rule has its check, also where another has failed; one that cannot be judged for want of scores fails. What
+    the opponent alone could not score is no fault of the challenger: it is named, and left out of what is paired.
     """
     scores = _Scores(rows, facts.opponent)
     checks = [_signature(facts), _same_images(scores), _dead(scores, rules.max_dead, facts), _finite(scores)]
@@ -118,15 +125,16 @@ def judge(rows: Sequence[Row], rules: Rules, facts: Facts) -> Verdict:
 
 
 def number(value: float, metric: str, *, signed: bool = False) -> str:
-    """Return a value of a metric with its digits and unit."""
+    """Return a value of a metric with its digits and unit; signed, as a difference, with two digits more."""
     measure = MEASURES[metric]
-    text = f"{value:{'+' if signed else ''}.{measure.digits}f}"
+    text = f"{value:+.{measure.digits + 2}f}" if signed else f"{value:.{measure.digits}f}"
     return f"{text} {measure.unit}".rstrip()
 
 
-def _crossed(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    first, second = found
-    return [(first, second), (second, first)]
+def _numbers(rows: Sequence[Row], metric: str) -> list[float] | None:
+    found = [row.get(metric) for row in rows]
+    values = [float(value) for value in found if value is not None and math.isfinite(value)]
+    return values if values and len(values) == len(found) else None
 
 
 def _signature(facts: Facts) -> Check:
@@ -140,34 +148,50 @@ def _signature(facts: Facts) -> Check:
 
 
 def _same_images(scores: _Scores) -> Check:
-    first, second = (len(scores.alone[method]) for method in (CHALLENGER, scores.opponent))
-    text = f"{len(scores.keys)} images scored by both, {first} by challenger alone, {second} by {scores.opponent} alone"
-    if examples := sorted([*scores.alone[CHALLENGER], *scores.alone[scores.opponent]]):
-        text += f", such as {examples[0]!r}"
+    opponent = scores.opponent
+    left_out, lost = scores.alone[CHALLENGER], scores.alone[opponent]
+    text = f"{len(scores.keys)} images scored by both, {len(left_out)} by challenger alone, {len(lost)} by {opponent} "
+    text += "alone"
+    if lost:
+        text += f"; challenger lost {scores.names(lost, CHALLENGER)}"
+    if left_out:
+        text += f"; {opponent} lost, and they are not compared: {scores.names(left_out, opponent)}"
     if scores.repeated:
         text += f"; {scores.repeated} rows are there twice"
-    return Check("same images", bool(scores.keys) and not examples and not scores.repeated, text)
+    return Check("same images", bool(scores.keys) and not lost and not scores.repeated, text)
 
 
 def _dead(scores: _Scores, most: int, facts: Facts) -> Check:
     seen = set(scores.keys).union(*scores.alone.values())
     dead = facts.num_images - len(seen)
-    return Check(
-        "all scored", 0 <= dead <= most, f"{dead} of {facts.num_images} images without a score, at most {most}"
-    )
+    text = f"{dead} of {facts.num_images} images without a score, at most {most}"
+    if known := sorted(set().union(*scores.lost.values()) - seen):
+        text += f": {scores.names(known, CHALLENGER, scores.opponent)}"
+    return Check("all scored", 0 <= dead <= most, text)
 
 
 def _finite(scores: _Scores) -> Check:
+    """Values of what is compared and of all that the challenger made; a result that was NaN has a reason and no values.
+
+    Such results of the opponent are counted, and refuse nobody: no successor could ever pass.
+    """
+    everything = {CHALLENGER: scores.scored[CHALLENGER].values(), scores.opponent: scores.pairs[scores.opponent]}
     wrong = [
         f"{name} of {method} in {row['key']!r}"
-        for method, rows in scores.pairs.items()
+        for method, rows in everything.items()
         for row in rows
         for name, value in row.items()
         if isinstance(value, float) and not math.isfinite(value)
     ]
-    return Check(
-        "finite", not wrong, f"values that are not finite: {len(wrong)}" + (f", such as {wrong[0]}" if wrong else "")
+    first, second = (
+        sorted(key for key, row in lost.items() if row["reason"] == NOT_FINITE) for lost in scores.lost.values()
     )
+    wrong += [f"the result of challenger in {key!r}" for key in first]
+    text = f"values that are not finite: {len(wrong)}" + (f", such as {wrong[0]}" if wrong else "")
+    if second:
+        text += f"; results of {scores.opponent} that are not finite, which refuses nobody: {len(second)}, such as "
+        text += repr(second[0])
+    return Check("finite", not wrong, text)
 
 
 def _improves(scores: _Scores, primary: Primary, gains: Mapping[str, Interval]) -> Check:
@@ -190,18 +214,20 @@ def _not_worse(name: str, margin: float, level: float, gains: Mapping[str, Inter
     rule = f"{name} no worse"
     if name not in gains:
         return _unmeasured(rule, name)
-    text = f"gain {_interval(gains[name], name)} at {100 * level:.4g} %; the low end must reach {number(-margin, name)}"
+    bound = number(0.0 - margin, name, signed=True)
+    text = f"gain {_interval(gains[name], name)} at {100 * level:.4g} %; the low end must reach {bound}"
     return Check(rule, gains[name].low >= -margin, text)
 
 
 def _floor(scores: _Scores, name: str, floor: Floor) -> Check:
-    rule, values = f"{name} floor", scores.values(CHALLENGER, name)
+    rows = sorted(scores.scored[CHALLENGER].values(), key=lambda row: str(row["key"]))  # also what is not compared
+    rule, values = f"{name} floor", _numbers(rows, name)
     if values is None:
         return _unmeasured(rule, name)
     found = sorted(values)[int(floor.quantile * len(values))]  # that share may be below
     below = sum(value < floor.per_image_min for value in values)
     what = f"{100 * floor.quantile:.4g} % quantile" if floor.quantile else "worst"
-    worst = scores.keys[int(np.argmin(values))]
+    worst = rows[int(np.argmin(values))]["key"]
     text = (
         f"{what} {number(found, name)}, floor {number(floor.per_image_min, name)}; {below} of {len(values)} images are "
         f"below, the lowest is {worst!r} with {number(min(values), name)}"

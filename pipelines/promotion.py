@@ -41,7 +41,7 @@ class PromoteConfig(SamplingConfig):
     dataset: str | None = field(default=None, metadata={"unit": "URI"})
     """Folder of HR images, or a pair set; needed unless --rollback."""
     output: str = field(default="diffsr-promotion", metadata={"unit": "URI"})
-    """Where the verdict is written, below NAME/vVERSION (workers read the models from below it)."""
+    """Where each verdict is written, such as NAME/v2-against-v1-0a1b2c3d (workers read the models from below it)."""
     rollback: bool = False
     """Give the alias back to the previous champion; the version that loses it is only promoted again by its number."""
     split: str = "test"
@@ -80,8 +80,10 @@ class PromoteConfig(SamplingConfig):
         check(self.rollback or self.dataset is not None, "dataset", self.dataset, "must be given", "use --dataset URI")
         check(self.challenger is None or self.challenger >= 1, "challenger", self.challenger,
               "must be a version, 1 or more", "leave it out for the newest")  # fmt: skip
-        check(self.model not in (".", "..") and "/" not in self.model, "model", self.model,
-              "must be the name of a registered model", "leave out models:/ and the version")  # fmt: skip
+        fits = self.model.strip() not in ("", ".", "..") and not set("/:'\\") & set(self.model)
+        check(fits and self.model.isprintable(), "model", self.model,
+              "must be the name of a registered model, without / : ' and \\",
+              "leave out models:/ and the version, or register it under a plain name")  # fmt: skip
         Degradation.parse(self.degradation, 2)  # the scale is the model's, not known yet
         check_webhook(self.webhook)
         self.with_flags(Rules())
@@ -101,10 +103,17 @@ class PromoteConfig(SamplingConfig):
         return replace(rules, primary=primary, guarded=guarded, floors=floors, latency=latency)
 
     def resolved_rules(self) -> Rules:
-        """Return the rules of the file, or the default ones, and of the flags. Raises ValueError, OSError."""
+        """Return the rules of the file, or the default ones, and of the flags. Raises ValueError."""
         rules = Rules()
         if self.rules is not None:
-            rules = parse_rules(storage.read_bytes(self.rules).decode(errors="replace"), name=f"rules ({self.rules})")
+            try:
+                text = storage.read_bytes(self.rules).decode(errors="replace")
+            except OSError as error:
+                raise ValueError(
+                    f"rules ({self.rules}) must be a YAML file that can be read: {error.strerror or error}; correct "
+                    "the path, or leave it out for the rules that --dry-run shows"
+                ) from error
+            rules = parse_rules(text, name=f"rules ({self.rules})")
         return self.with_flags(rules)
 
     def meter(self, rules: Rules) -> MeterSettings:
@@ -113,7 +122,9 @@ class PromoteConfig(SamplingConfig):
         meter = MeterSettings(niqe=self.niqe, lpips=self.lpips)
         measured = (*meter.measures, *FROM_ROWS)
         for name in rules.metrics():
-            check(name in measured, "rules", name, "is not measured", "use niqe and lpips with their flags, or another")
+            place = "--primary" if name == self.primary else f"rules ({self.rules}): metric"
+            check(name in measured, place, name, "is not measured without its weights",
+                  f"give them with --{name}, or ask for one of {', '.join(measured)}")  # fmt: skip
         check_settings(meter)
         return meter
 
@@ -185,15 +196,20 @@ def _score(
 def _conclude(
     config: PromoteConfig, client: Any, evidence: Evidence, rows: list[dict[str, Any]], dataset: Dataset
 ) -> Summary:
-    """Publish the evidence, log it, move the alias where every rule holds, and tell the webhook."""
+    """Publish the evidence, log it, move the alias where every rule holds, and tell the webhook what happened.
+
+    That the rules hold and that the alias moved are two facts: what is written before the move claims the first alone.
+    A champion that changed meanwhile raises Overtaken, when tag, run and webhook know that nothing was promoted.
+    """
     from pipelines import registry, tracking
 
     passed, version = evidence.verdict.passed, evidence.challenger.version
+    now = version
     expected = None if evidence.champion is None else evidence.champion.version
     assert version is not None
     for line in evidence.verdict.lines():
         say(f"promote: {line}")
-    outputs = _publish(storage.join(config.output, config.model, f"v{version}"), evidence, rows)
+    outputs = _publish(storage.join(config.output, config.model, evidence.folder), evidence, rows)
     params = {**asdict(config), "webhook": config.webhook and place_of(config.webhook)}  # its path may be a secret
     params |= {"challenger_digest": evidence.challenger.digest, "challenger_version": version}
     if evidence.champion is not None:
@@ -206,18 +222,31 @@ def _conclude(
             artifacts=outputs,
             model=evidence.challenger,
         )
-    told = {registry.VERDICT: evidence.document()["verdict"], registry.EVIDENCE: run_id}
-    tracking.tag_version(client, config.model, version, told)
+        told = {registry.VERDICT: registry.PASSED if passed else registry.REFUSED, registry.EVIDENCE: run_id}
+        tracking.tag_version(client, config.model, version, told)
+        try:
+            if passed:
+                registry.move_champion(client, config.model, version, expected=expected, evidence=run_id)
+        except registry.Overtaken as error:
+            tracking.tag_version(client, config.model, version, {registry.VERDICT: registry.OVERTAKEN})
+            client.log_metric(run_id, "promoted", 0.0)
+            _tell(config, _news("overtaken", evidence, run_id=run_id, now=error.found))
+            raise
+        client.log_metric(run_id, "promoted", float(passed))
     if passed:
-        registry.move_champion(client, config.model, version, expected=expected, evidence=run_id)
         say(f"promote: {config.model} v{version} is the champion now")
     else:
-        say(f"promote: refused; the champion stays {'none' if expected is None else f'v{expected}'}")
-    event = "promoted" if passed else "refused"
-    _tell(config, {"event": event, "run_id": run_id, "now": version if passed else expected, **evidence.document()})
+        now = registry.alias_version(client, config.model, registry.CHAMPION)  # it may have moved meanwhile
+        say(f"promote: refused; the champion stays {'none' if now is None else f'v{now}'}")
+    _tell(config, _news("promoted" if passed else "refused", evidence, run_id=run_id, now=now))
     return Summary(job="promote", run_id=run_id, status="done" if passed else "refused", inputs=1,
-                   done=int(passed), outputs=outputs, metrics=evidence.metrics(),
+                   done=int(passed), outputs=outputs, metrics=evidence.metrics() | {"promoted": float(passed)},
                    exit_code=0 if passed else REFUSED_EXIT)  # fmt: skip
+
+
+def _news(event: str, evidence: Evidence, *, run_id: str, now: int | None) -> dict[str, Any]:
+    """Return what the webhook is told. now: the version that is champion; promoted: whether that is this challenger."""
+    return {"event": event, "run_id": run_id, "now": now, "promoted": event == "promoted", **evidence.document()}
 
 
 def _publish(folder: str, evidence: Evidence, rows: list[dict[str, Any]]) -> list[str]:

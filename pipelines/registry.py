@@ -13,7 +13,9 @@ from pipelines.mlflow_store import place
 
 CHAMPION, PREVIOUS = "champion", "previous_champion"
 ROLLED_BACK = "diffsr.rolled_back"  # tag of a version that was champion and was rolled back from
-EVIDENCE, VERDICT = "diffsr.evidence", "diffsr.verdict"  # tags: the run of the last judgement, and passed or refused
+EVIDENCE, VERDICT = "diffsr.evidence", "diffsr.verdict"  # tags: the run of the last judgement, and how it ended
+PASSED, REFUSED = "passed", "refused"  # of VERDICT; the champion alias says who was promoted
+OVERTAKEN = "passed, not promoted: the champion changed"  # of VERDICT
 PROMOTED_FROM = "diffsr.promoted_from"  # tag: the version that was champion before, or None
 
 
@@ -51,14 +53,22 @@ def newest_version(client: mlflow.MlflowClient, name: str) -> int:
 def move_champion(client: mlflow.MlflowClient, name: str, version: int, *, expected: int | None, evidence: str) -> None:
     """Point the champion alias at a version and keep the old one as previous_champion.
 
-    A champion that is not `expected`, the one that was judged, is a ValueError: it is read again before anything is
+    A champion that is not `expected`, the one that was judged, raises Overtaken: it is read again before anything is
     written, and again just before the aliases. The champion moves last: killed before, it is the old one with its
     evidence, previous_champion at most names it as well, and the same promotion goes through.
     """
     _check_champion(client, name, expected)
+    before = client.get_model_version(name, str(version)).tags.get(PROMOTED_FROM)
     client.set_model_version_tag(name, str(version), EVIDENCE, evidence)
     client.set_model_version_tag(name, str(version), PROMOTED_FROM, str(expected))
-    _check_champion(client, name, expected)
+    try:
+        _check_champion(client, name, expected)
+    except Overtaken:  # it was not promoted, so it must not say so
+        if before is None:
+            client.delete_model_version_tag(name, str(version), PROMOTED_FROM)
+        else:
+            client.set_model_version_tag(name, str(version), PROMOTED_FROM, before)
+        raise
     if expected is not None:
         client.set_registered_model_alias(name, PREVIOUS, str(expected))
     client.set_registered_model_alias(name, CHAMPION, str(version))
@@ -81,9 +91,24 @@ def restore_champion(client: mlflow.MlflowClient, name: str, version: int, *, ex
 def _check_champion(client: mlflow.MlflowClient, name: str, expected: int | None) -> None:
     found = alias_version(client, name, CHAMPION)
     if found != expected:
-        raise ValueError(f"champion (v{found}) must still be the one that was compared (v{expected}); promote again")
+        raise Overtaken(found=found, expected=expected)
+
+
+def _version(version: int | None) -> str:
+    return "none" if version is None else f"v{version}"
 
 
 def is_missing(error: MlflowException) -> bool:
     """Return whether a store says that there is no such thing, which is not the same as that it failed."""
     return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
+
+
+class Overtaken(ValueError):
+    """The champion is not the one that was compared; `found` is the version that it is by now, or None."""
+
+    def __init__(self, *, found: int | None, expected: int | None) -> None:
+        super().__init__(
+            f"champion ({_version(found)}) must still be the one that was compared ({_version(expected)}); "
+            "promote again"
+        )
+        self.found = found

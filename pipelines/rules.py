@@ -11,9 +11,15 @@ from typing import Any
 import yaml
 
 from pipelines.config import check, from_mapping
-from pipelines.measures import MEASURES
+from pipelines.measures import FROM_ROWS, MEASURES, MeterSettings
 
 MOST_CHARACTERS = 20_000  # of a rules file; a page is enough
+# What promotion can measure, with every file that it takes (it takes no classifier), of which more or less is better.
+METRICS = tuple(
+    name
+    for name in (*MeterSettings(niqe="FILE", lpips="FOLDER").measures, *FROM_ROWS)
+    if MEASURES[name].better != "none"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +138,8 @@ latency:
   max_ratio: {_text(latency.max_ratio)}
   max_absolute: {_text(latency.max_absolute)}
 
-# Images of the set that may be left unscored by both, such as files that cannot be read. One that only one of the two
-# could do refuses always.
+# Images of the set that may be left unscored by both, such as files that cannot be read. One that the challenger alone
+# could not do refuses always; one that the champion alone could not do is named, and left out of what is compared.
 max_dead: {rules.max_dead}
 """.replace(": \n", ":\n")
 
@@ -182,8 +188,7 @@ def _number(name: str, value: object) -> float:
 
 
 def _check_metric(name: str, metric: str) -> None:
-    known = [each.name for each in MEASURES.values() if each.better != "none"]
-    check(metric in known, name, metric, f"must be one of {', '.join(known)}", "use one of them")
+    check(metric in METRICS, name, metric, f"must be one of {', '.join(METRICS)}", "use one of them")
 
 
 def _floor(name: str, floor: Floor) -> str:

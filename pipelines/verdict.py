@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any
 
 from pipelines.gate import BICUBIC, CHALLENGER, CHAMPION, Facts, Verdict
@@ -18,6 +19,7 @@ from pipelines.rules import Rules, to_yaml
 class Evidence:
     """All that a verdict rests on. It has no time and no run id: the same scores give the same bytes.
 
+    It is published before the alias moves, and so does not claim that it did: the registry's tags and the run do.
     summary: method -> measure -> mean and 95 % interval; dataset: source, digest, images; sampling: method -> recipe
     with which it drew: flags fix it for both, what they leave out is the schedule that each model carries.
     """
@@ -38,6 +40,18 @@ class Evidence:
         return f"{self.model} v{self.challenger.version} {'passed' if self.verdict.passed else 'was refused'}"
 
     @property
+    def folder(self) -> str:
+        """The judgement's own name, such as v2-against-v1-0a1b2c3d, which another judgement of v2 does not replace.
+
+        The digits are of the models, the data set, the sampling and the rules: the same judgement has the same name.
+        """
+        champion = None if self.champion is None else self.champion.digest
+        parts = [self.challenger.digest, champion, self.dataset["digest"], dict(self.sampling), asdict(self.rules)]
+        digits = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+        against = "none" if self.champion is None else f"v{self.champion.version}"
+        return f"v{self.challenger.version}-against-{against}-{digits}"
+
+    @property
     def measures(self) -> list[str]:
         """Return the measures that anybody has a mean of, in the order of tables."""
         return [name for name in MEASURES if any(name in found for found in self.summary.values())]
@@ -50,14 +64,14 @@ class Evidence:
         return {name: label for name, label in (labels | {BICUBIC: "bicubic"}).items() if self.summary.get(name)}
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers for a run: every mean as `<method>_<measure>`, the challenger's minus the opponent's as
-        `difference_<measure>`, and promoted, 1 or 0."""
+        """Return the numbers for a run: every mean as `<method>_<measure>`, and the challenger's minus the opponent's
+        as `difference_<measure>`."""
         found = {f"{method}_{name}": i.mean for method, means in self.summary.items() for name, i in means.items()}
         other = self.summary.get(self.facts.opponent, {})
         for name, interval in self.summary.get(CHALLENGER, {}).items():
             if name in other:
                 found[f"difference_{name}"] = interval.mean - other[name].mean
-        return found | {"promoted": float(self.verdict.passed)}
+        return found
 
     def document(self) -> dict[str, Any]:
         """Return the verdict as plain values, for JSON."""
@@ -67,7 +81,6 @@ class Evidence:
             "champion": None if self.champion is None else _named(self.champion),
             "opponent": self.facts.opponent,
             "verdict": "passed" if self.verdict.passed else "refused",
-            "promoted": self.verdict.passed,
             "checks": [check._asdict() for check in self.verdict.checks],
             "gains": {name: interval._asdict() for name, interval in self.verdict.gains.items()},
             "summary": {m: {n: i._asdict() for n, i in means.items()} for m, means in self.summary.items()},

@@ -1,6 +1,8 @@
 """The laws of promotion: the alias moves on evidence only, and who uses it sees the move at the next start."""
 
 import json
+import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -27,6 +29,7 @@ from tests.jobs.tiny import BICUBIC, NIGHT, SAMPLING, receipts, waves, write_mod
 HALF = ModelConfig(encoder=RRDBConfig(scale=2, num_features=4, num_blocks=2), anchor="regression")  # x2
 FLAGS = ("--engine", "local", *SAMPLING)
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coins.png")
+ROW_NAMES = {"key", "method", "reason", "message"}
 UNTIMED = ("--max-latency-ratio", "1000")  # what a call takes here for milliseconds is chance
 EVIDENCE = ("verdict.json", "verdict.md", "promotion.html", "rules.yaml", "rows.parquet")
 
@@ -115,8 +118,18 @@ def tags(name: str, version: int) -> dict[str, str]:
     return dict(mlflow.MlflowClient().get_model_version(name, str(version)).tags)
 
 
+def judged(tmp_path: Path, name: str, version: int) -> Path:
+    """The folder of a version's last judgement."""
+    found = (tmp_path / "out" / name).glob(f"v{version}-against-*/verdict.json")
+    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+
+
 def verdict(tmp_path: Path, name: str, version: int) -> dict[str, Any]:
-    return dict(json.loads((tmp_path / "out" / name / f"v{version}" / "verdict.json").read_text()))
+    return dict(json.loads((judged(tmp_path, name, version) / "verdict.json").read_text()))
+
+
+def promoted(done: Ran) -> float:
+    return float(mlflow.MlflowClient().get_run(done.summary["run_id"]).data.metrics["promoted"])
 
 
 def failed(document: dict[str, Any]) -> list[str]:
@@ -145,7 +158,9 @@ def test_a_first_promotion_a_champion_beaten_a_challenger_refused_and_a_rollback
     assert (refused.code, refused.summary["status"], alias(name)) == (4, "refused", good)
     assert "FAILS  psnr_y improves: " in refused.stderr
     found = verdict(tmp_path, name, worse)
-    assert (found["verdict"], found["promoted"], found["champion"]["version"]) == ("refused", False, good)
+    assert (found["verdict"], found["champion"]["version"]) == ("refused", good) and "promoted" not in found
+    assert [promoted(each) for each in (first, moved, refused)] == [1, 1, 0]
+    assert [each.summary["metrics"]["promoted"] for each in (first, moved, refused)] == [1, 1, 0]
     assert failed(found) == ["psnr_y improves", "ssim no worse"]
     assert tags(name, worse)["diffsr.verdict"] == "refused" and "diffsr.promoted_from" not in tags(name, worse)
     assert tags(name, worse)["diffsr.evidence"] == refused.summary["run_id"]
@@ -171,7 +186,7 @@ def test_the_evidence_is_published_and_logged_whole_and_says_the_same_everywhere
     client.set_registered_model_alias(name, "champion", str(champion))
     done = promote(name, *UNTIMED)
     assert done.code == 0, done.stderr
-    folder = tmp_path / "out" / name / f"v{challenger}"
+    folder = judged(tmp_path, name, challenger)
     assert {path.name for path in folder.iterdir()} == set(EVIDENCE)
     assert set(done.summary["outputs"]) == {str(folder / file) for file in EVIDENCE}
     document = verdict(tmp_path, name, challenger)
@@ -206,18 +221,37 @@ def test_the_same_promotion_leaves_the_same_evidence(
     register: Callable[..., int], promote: Callable[..., Ran], tmp_path: Path
 ) -> None:
     worse = register("same", stub(2.0))
-    folder, times = (
-        tmp_path / "out" / "same" / f"v{worse}",
-        ("seconds", "device_s", "seconds_per_mp", "device_s_per_mp"),
-    )
+    times = ("seconds", "device_s", "seconds_per_mp", "device_s_per_mp")
     found = []
     for _ in range(2):
         assert promote("same").code == 4
+        [folder] = (tmp_path / "out" / "same").glob(f"v{worse}-*")  # and in the same place
         rows = pq.read_table(folder / "rows.parquet").drop_columns(list(times)).to_pylist()
         document = json.loads((folder / "verdict.json").read_text())
         kept = [check for check in document["checks"] if check["rule"] != "latency"]
         found.append((rows, kept, document["gains"], document["dataset"], document["sampling"]))
     assert found[0] == found[1]
+
+
+def test_each_judgement_keeps_its_evidence(
+    register: Callable[..., int], promote: Callable[..., Ran], tmp_path: Path
+) -> None:
+    name = "kept"
+    first, second, third = (register(name, stub(damage)) for damage in (0.15, 0.1, 0.0))
+    folders = []
+    for version, flags, code in (
+        (first, (), 0), (second, (), 0), (third, (), 0), (second, (), 4), (second, ("--min-gain", "1"), 4),
+        (second, ("--seed", "7"), 4),
+    ):  # fmt: skip
+        done = promote(name, "--challenger", version, "--ssim-margin", "2", *UNTIMED, *flags)
+        assert done.code == code, done.stderr
+        folders.append(Path(done.summary["outputs"][0]).parent)
+    names = [folder.name.rpartition("-")[0] for folder in folders]
+    assert names == ["v1-against-none", "v2-against-v1", "v3-against-v2", *["v2-against-v3"] * 3]
+    assert len(set(folders)) == 6 and all(re.fullmatch("[0-9a-f]{8}", path.name.rpartition("-")[2]) for path in folders)
+    found = [json.loads((folder / "verdict.json").read_text()) for folder in folders]
+    assert [each["verdict"] for each in found] == ["passed"] * 3 + ["refused"] * 3
+    assert [each["challenger"]["version"] for each in found] == [1, 2, 3, 2, 2, 2]
 
 
 def test_a_rules_file_decides_and_a_flag_wins_over_it(
@@ -244,7 +278,12 @@ def test_a_rules_file_decides_and_a_flag_wins_over_it(
     ("text", "words"),
     [
         ("primary: {metric: pnsr}", "must be one of psnr"),
-        ("primary: {metric: lpips}", "rules ('lpips') is not measured"),
+        ("primary: {metric: top1}", "/rules.yaml): primary.metric ('top1') must be one of psnr, "),
+        (
+            "guarded: {lpips: 0.1}",
+            "/rules.yaml): metric ('lpips') is not measured without its weights; give them with "
+            "--lpips, or ask for one of psnr, ",
+        ),
     ],
 )
 def test_rules_that_cannot_be_judged_are_refused_before_any_work(
@@ -284,7 +323,7 @@ def test_a_challenger_of_another_signature_is_refused_without_any_work(
     assert (refused.code, alias(name)) == (4, champion), refused.stderr
     document = verdict(tmp_path, name, version)
     assert "same signature" in failed(document) and document["summary"]["challenger"] == {}
-    assert "| same signature | **NO** |" in (tmp_path / "out" / name / f"v{version}" / "verdict.md").read_text()
+    assert "| same signature | **NO** |" in (judged(tmp_path, name, version) / "verdict.md").read_text()
 
 
 def test_a_model_whose_network_gives_nan_is_refused_with_the_images_named(
@@ -294,7 +333,30 @@ def test_a_model_whose_network_gives_nan_is_refused_with_the_images_named(
     version = register("broken", broken)
     refused = promote("broken")
     assert (refused.code, alias("broken")) == (4, None), refused.stderr
-    assert "same images" in failed(verdict(tmp_path, "broken", version)) and "'astronaut.png'" in refused.stderr
+    assert {"same images", "finite"} <= set(failed(verdict(tmp_path, "broken", version)))
+    assert "challenger lost 'astronaut.png' (nan: " in refused.stderr
+    assert "the result of challenger in 'astronaut.png'" in refused.stderr
+
+
+def test_a_champion_that_gives_nan_on_one_image_blocks_no_successor(
+    register: Callable[..., int], promote: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, score = "sick", promotion.score_dataset
+    champion, good, bad = (register(name, stub(damage)) for damage in (0.15, 0.0, 0.4))
+    mlflow.MlflowClient().set_registered_model_alias(name, "champion", str(champion))
+
+    def sick(*words: Any, **named: Any) -> Any:
+        found = score(*words, **named)
+        for row in found.rows:
+            if (row["key"], row["method"]) == ("coins.png", "champion"):
+                row |= {"reason": "nan", "message": "not finite at step 3"} | dict.fromkeys(row.keys() - ROW_NAMES)
+        return found
+
+    monkeypatch.setattr(promotion, "score_dataset", sick)
+    assert promote(name, "--challenger", bad, *UNTIMED).code == 4
+    done = promote(name, "--challenger", good, *UNTIMED)
+    assert (done.code, alias(name)) == (0, good), done.stderr
+    assert "champion lost, and they are not compared: 'coins.png' (nan: 'not finite at step 3')" in done.stderr
 
 
 def test_an_image_that_cannot_be_read_refuses_unless_the_rules_allow_it(
@@ -308,13 +370,20 @@ def test_an_image_that_cannot_be_read_refuses_unless_the_rules_allow_it(
     (folder / "cut.png").write_bytes((folder / "chelsea.png").read_bytes()[:2000])
     flags = ["--model", "rotten", "--dataset", folder, "--output", tmp_path / "out", *FLAGS]
     assert call("promote", *flags).code == 4
-    assert failed(verdict(tmp_path, "rotten", version)) == ["all scored"]
+    document = verdict(tmp_path, "rotten", version)
+    assert failed(document) == ["all scored"]
+    [text] = [check["text"] for check in document["checks"] if check["rule"] == "all scored"]
+    assert text.startswith("1 of 4 images without a score, at most 0: 'cut.png' (")
     (tmp_path / "rules.yaml").write_text("max_dead: 1")
     assert call("promote", *flags, "--rules", tmp_path / "rules.yaml").code == 0 and alias("rotten") == version
 
 
 def test_a_champion_that_moves_while_it_is_compared_is_not_overwritten(
-    register: Callable[..., int], promote: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+    register: Callable[..., int],
+    promote: Callable[..., Ran],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    hook: tuple[str, list],
 ) -> None:
     name, client = "moving", tracking.connect()
     first, second, challenger = (register(name, stub(damage)) for damage in (0.15, 0.1, 0.0))
@@ -326,10 +395,63 @@ def test_a_champion_that_moves_while_it_is_compared_is_not_overwritten(
         return score(*words, **named)
 
     monkeypatch.setattr(promotion, "score_dataset", meanwhile)
-    late = promote(name, *UNTIMED)
+    late = promote(name, *UNTIMED, "--webhook", hook[0])
     assert (late.code, alias(name), alias(name, "previous_champion")) == (1, second, None)
     assert f"champion (v{second}) must still be the one that was compared (v{first})" in late.stderr
     assert "diffsr.promoted_from" not in tags(name, challenger)
+    # Nothing says that it was promoted: that the rules held is another fact.
+    assert tags(name, challenger)["diffsr.verdict"] == "passed, not promoted: the champion changed"
+    run = client.get_run(tags(name, challenger)["diffsr.evidence"])
+    assert (run.data.metrics["promoted"], run.info.status) == (0, "FAILED")
+    document, folder = verdict(tmp_path, name, challenger), judged(tmp_path, name, challenger)
+    assert document["verdict"] == "passed" and "promoted" not in document
+    assert "the run and the version's tag diffsr.verdict say whether it did" in (folder / "promotion.html").read_text()
+    [told] = hook[1]
+    assert (told["event"], told["now"], told["promoted"], told["run_id"]) == (
+        "overtaken",
+        second,
+        False,
+        run.info.run_id,
+    )
+
+    monkeypatch.setattr(promotion, "score_dataset", score)
+    again = promote(name, *UNTIMED)
+    assert (again.code, alias(name), promoted(again)) == (0, challenger, 1)
+    assert tags(name, challenger)["diffsr.verdict"] == "passed"
+
+
+def test_a_refusal_names_the_champion_of_that_moment(
+    register: Callable[..., int], promote: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, hook: tuple[str, list]
+) -> None:
+    name, client, score = "refusing", tracking.connect(), promotion.score_dataset
+    first, second, _ = (register(name, stub(damage)) for damage in (0.15, 0.1, 0.4))
+    client.set_registered_model_alias(name, "champion", str(first))
+
+    def meanwhile(*words: Any, **named: Any) -> Any:
+        client.set_registered_model_alias(name, "champion", str(second))
+        return score(*words, **named)
+
+    monkeypatch.setattr(promotion, "score_dataset", meanwhile)
+    late = promote(name, *UNTIMED, "--webhook", hook[0])
+    assert late.code == 4 and f"refused; the champion stays v{second}" in late.stderr
+    assert [(each["event"], each["now"], each["promoted"]) for each in hook[1]] == [("refused", second, False)]
+
+
+def test_the_evidence_is_whole_before_the_alias_moves_and_claims_no_promotion_yet(
+    register: Callable[..., int], promote: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "cut-short"
+    version = register(name, stub())
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(mlflow.MlflowClient, "set_registered_model_alias", lambda *words: killed())
+        promote(name)
+    assert alias(name) is None and verdict(tmp_path, name, version)["verdict"] == "passed"
+    client, told = mlflow.MlflowClient(), tags(name, version)
+    assert {path.name for path in judged(tmp_path, name, version).iterdir()} == set(EVIDENCE)
+    assert {file.path for file in client.list_artifacts(told["diffsr.evidence"])} >= set(EVIDENCE)
+    assert "promoted" not in client.get_run(told["diffsr.evidence"]).data.metrics
+    again = promote(name)
+    assert (again.code, alias(name), promoted(again)) == (0, version, 1)
 
 
 def test_a_champion_that_moves_between_the_two_last_reads_is_not_overwritten(
@@ -344,9 +466,14 @@ def test_a_champion_that_moves_between_the_two_last_reads_is_not_overwritten(
         client.set_registered_model_alias(name, "champion", str(second))
 
     monkeypatch.setattr(client, "set_model_version_tag", rival)
-    with pytest.raises(ValueError, match="must still be the one"):
-        registry.move_champion(client, "racing", third, expected=first, evidence="three")
-    assert (alias("racing"), alias("racing", "previous_champion")) == (second, None)
+    for before in (None, "7"):  # the tag of an earlier promotion, which stays
+        if before is not None:
+            tag("racing", str(third), registry.PROMOTED_FROM, before)
+        client.set_registered_model_alias("racing", "champion", str(first))
+        with pytest.raises(registry.Overtaken, match="must still be the one"):
+            registry.move_champion(client, "racing", third, expected=first, evidence="three")
+        assert (alias("racing"), alias("racing", "previous_champion")) == (second, None)
+        assert tags("racing", third).get(registry.PROMOTED_FROM) == before
 
 
 def test_two_promotions_of_a_model_in_one_output_keep_each_other_out_and_a_rollback_waits_for_none(
@@ -377,6 +504,7 @@ def test_the_webhook_hears_of_each_outcome_after_it(
         done = promote("told", "--challenger", version, *UNTIMED, "--webhook", f"{url}/s3cr3t")
         assert came[-1]["run_id"] == done.summary["run_id"] and came[-1]["challenger"]["version"] == version
         assert {**came[-1], **verdict(tmp_path, "told", version)} == came[-1]
+        assert came[-1]["promoted"] is (version != worse)
         assert "s3cr3t" not in json.dumps(mlflow.MlflowClient().get_run(done.summary["run_id"]).data.params)
     call("promote", "--model", "told", "--rollback", "--webhook", url)
     assert [(each["event"], each["now"]) for each in came] == [
@@ -426,6 +554,10 @@ def test_the_nightly_upscale_picks_the_new_champion_up_at_its_next_start(
 
 class Killed(Exception):
     pass
+
+
+def killed() -> None:
+    raise Killed
 
 
 @pytest.fixture
@@ -523,6 +655,26 @@ def test_a_job_of_a_cluster_needs_a_store_that_outlives_it(monkeypatch: pytest.M
         tracking.connect()
 
 
+def test_the_bars_of_mlflow_are_off_unless_a_person_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
+    for wish, expected in (("", "false"), ("true", "true")):
+        monkeypatch.setenv(name, wish)
+        if not wish:
+            monkeypatch.delenv(name)
+        tracking.connect()
+        assert os.environ[name] == expected
+
+
+def test_a_rules_file_that_is_not_there_is_a_mistake_with_a_remedy(
+    register: Callable[..., int], promote: Callable[..., Ran], tmp_path: Path
+) -> None:
+    register("ruleless", stub())
+    for path in (tmp_path / "nofile.yaml", tmp_path):
+        done = promote("ruleless", "--rules", path)
+        assert done.code == 1 and f"rules ({path}) must be a YAML file that can be read: " in done.stderr
+        assert "; correct the path" in done.stderr and "Errno" not in done.stderr
+
+
 def test_a_model_that_loses_to_bicubic_is_no_first_champion(
     register: Callable[..., int], promote: Callable[..., Ran]
 ) -> None:
@@ -541,6 +693,7 @@ def test_nothing_to_roll_back_to_and_no_such_model_are_said(
 
 @pytest.mark.parametrize(
     "flags", [("--webhook", "file:///etc/passwd"), ("--primary", "pnsr"), ("--ssim-margin", "-1"), ("--model", "a/b"),
+              ("--model", "g'x"), ("--model", "a:b"), ("--model", " "), ("--model", "a\nb"), ("--primary", "top1"),
               ("--max-latency-ratio", "0"), ("--challenger", "0")],
 )  # fmt: skip
 def test_a_flag_that_makes_no_sense_is_refused_at_the_door(flags: tuple[str, str], promote: Callable[..., Ran]) -> None:

@@ -60,7 +60,9 @@ def test_a_better_challenger_passes_and_every_rule_was_asked():
     assert verdict.passed and failing(verdict) == []
     assert [check.rule for check in verdict.checks] == RULE_NAMES
     assert "30.00" not in text_of(verdict, "psnr_y improves")  # the means are of these images: 33.5 and 33.0
-    assert "33.50 dB, champion 33.00 dB: gain +0.50 dB [+0.50, +0.50] at 95 %" in text_of(verdict, "psnr_y improves")
+    assert "33.50 dB, champion 33.00 dB: gain +0.5000 dB [+0.5000, +0.5000] at 95 %" in text_of(
+        verdict, "psnr_y improves"
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,16 +159,92 @@ def test_a_floor_with_a_quantile_leaves_that_share_below(count, below, expected)
     assert failing(verdict_of(challenger, rows("champion", count), rules, num_images=count)) == expected
 
 
-@pytest.mark.parametrize("method", ["challenger", "champion"])
-@pytest.mark.parametrize("gone", ["reason", "row"])
-def test_an_image_that_only_one_of_the_two_scored_refuses(method, gone):
-    both = {"challenger": rows("challenger", **BETTER), "champion": rows("champion")}
-    if gone == "row":
-        del both[method][2]
-    else:
-        both[method][2] = {"key": "2.png", "method": method, "reason": "nan", "message": "NaN"}
-    verdict = verdict_of(both["challenger"], both["champion"])
-    assert failing(verdict) == ["same images"] and "'2.png'" in text_of(verdict, "same images")
+def lost(key, method, reason="oom", message="12 GiB"):
+    return {"key": key, "method": method, "reason": reason, "message": message}
+
+
+@pytest.mark.parametrize("gone", [[], [lost("2.png", "challenger")]])
+def test_an_image_that_the_challenger_alone_lost_refuses_with_its_reason(gone):
+    challenger = rows("challenger", **BETTER)
+    verdict = verdict_of([*challenger[:2], *challenger[3:], *gone])
+    assert failing(verdict) == ["same images"]
+    why = "'2.png' (oom: '12 GiB')" if gone else "'2.png' (no row)"
+    text = "4 images scored by both, 0 by challenger alone, 1 by champion alone; challenger lost " + why
+    assert text_of(verdict, "same images") == text
+
+
+@pytest.mark.parametrize("gone", [[], [lost("2.png", "champion")], [lost("2.png", "champion", "nan", "at 3")]])
+def test_an_image_that_the_champion_alone_lost_is_named_and_left_out_and_refuses_nobody(gone):
+    challenger, champion = rows("challenger", **BETTER), rows("champion")
+    champion = [*champion[:2], *champion[3:], *gone]
+    challenger[2] |= {"psnr_y": -1e9, "ssim": -1.0, "device_s_per_mp": 1e9}  # it would ruin every paired comparison
+    verdict = verdict_of(challenger, champion)
+    assert verdict.passed and verdict.gains["psnr_y"].mean == pytest.approx(0.5)
+    why = f"'2.png' ({gone[0]['reason']}: {gone[0]['message']!r})" if gone else "'2.png' (no row)"
+    assert f"1 by challenger alone, 0 by champion alone; champion lost, and they are not compared: {why}" in text_of(
+        verdict, "same images"
+    )
+    equal = [row | {"psnr_y": row["psnr_y"] - 0.5} for row in challenger]
+    assert failing(verdict_of(equal, champion)) == ["psnr_y improves"]  # the rest is judged as strictly
+
+
+def test_what_the_challenger_alone_scored_must_be_finite_and_reach_the_floors():
+    champion = [*rows("champion")[:4], lost("4.png", "champion")]
+    for fields, rule in (({"lr_psnr": 44.0}, "lr_psnr floor"), ({"seam": math.inf}, "finite")):
+        challenger = rows("challenger", **BETTER)
+        challenger[4] |= fields
+        verdict = verdict_of(challenger, champion)
+        assert failing(verdict) == [rule] and "'4.png'" in text_of(verdict, rule)
+
+
+def test_a_champion_that_scored_nothing_leaves_nothing_to_compare():
+    champion = [lost(f"{i}.png", "champion") for i in range(COUNT)]
+    assert "same images" in failing(verdict_of(rows("challenger", **BETTER), champion))
+
+
+def test_a_result_of_nan_is_not_finite_where_the_challenger_made_it():
+    def nan(method, keys):
+        return [lost(f"{i}.png", method, "nan", "not finite") for i in keys]
+
+    gone = verdict_of([*rows("challenger", **BETTER)[2:], *nan("challenger", (0, 1))])
+    assert failing(gone) == ["same images", "finite"]
+    assert text_of(gone, "finite") == "values that are not finite: 2, such as the result of challenger in '0.png'"
+    champion = verdict_of(rows("challenger", **BETTER), [*rows("champion")[2:], *nan("champion", (0, 1))])
+    assert champion.passed and "results of champion that are not finite, which refuses nobody: 2, such as '0.png'" in (
+        text_of(champion, "finite")
+    )
+    rules = replace(RULES, max_dead=1)  # it allows for files that cannot be read
+    both = verdict_of(
+        [*rows("challenger", **BETTER)[1:], *nan("challenger", [0])],
+        [*rows("champion")[1:], *nan("champion", [0])],
+        rules,
+    )
+    assert failing(both) == ["finite"]
+
+
+def test_what_is_missing_is_named_up_to_a_number_with_the_first_reason_cut_short():
+    names = [f"{i}.png" for i in range(8)]
+    rotten = [lost(key, method, "corrupt", "x" * 999) for key in names for method in ("challenger", "champion")]
+    texts = [
+        text_of(
+            verdict_of([lost(key, "challenger", "corrupt", "x" * 999) for key in names], rows("champion", 8)),
+            "same images",
+        ),
+        text_of(verdict_of(rotten, [], num_images=8), "all scored"),
+    ]
+    for text in texts:
+        named = f"'0.png' (corrupt: '{'x' * 200}'), '1.png', '2.png', '3.png', '4.png' and 3 more"
+        assert text.endswith(named)
+
+
+def test_a_difference_that_is_small_is_not_shown_as_none():
+    verdict = verdict_of(rows("challenger", psnr_y=30.0012), rules=replace(RULES, primary=Primary(min_gain=0.0005)))
+    assert "gain +0.0012 dB [+0.0012, +0.0012] at 95 %; the low end must be above +0.0005 dB" in text_of(
+        verdict, "psnr_y improves"
+    )
+    assert "gain +0.000000 [+0.000000, +0.000000] at 95 %; the low end must reach -0.010000" in text_of(
+        verdict, "ssim no worse"
+    )
 
 
 def test_an_image_twice_refuses_alone():

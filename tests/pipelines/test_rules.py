@@ -50,6 +50,8 @@ def test_rules_know_every_metric_that_they_ask_for_once():
     [
         ("primary: {metric: pnsr}", r"primary\.metric \('pnsr'\) must be one of psnr, .*use one of them"),
         ("primary: {metric: sigma}", r"primary\.metric \('sigma'\) must be one of"),  # neither more nor less is better
+        ("primary: {metric: top1}", r"primary\.metric \('top1'\) must be one of psnr, .*niqe.*; use"),  # no classifier
+        ("guarded: {top5: 0.1}", r"guarded \('top5'\) must be one of"),
         ("primary: {metric: 3}", r"primary\.metric \(3\) must be"),
         ("primary: {gain: 1}", r"primary\.gain \(1\) is not a setting of Primary; .*min_gain"),
         ("primary: {min_gain: '0.1'}", r"primary\.min_gain \('0\.1'\) must be a valid number; write digits"),
