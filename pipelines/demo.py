@@ -60,8 +60,9 @@ def main() -> None:
     version = trained["outputs"][-1].rpartition("/")[2]
     job("evaluate", "--model", f"models:/diffsr/{version}", "--dataset", root / "held-out", "--output",
         root / "evaluation", *SAMPLING)  # fmt: skip
+    # Three photographs have wide intervals, and a model this young is not far above bicubic.
     job("promote", "--model", "diffsr", "--challenger", version, "--dataset", root / "held-out", "--output",
-        root / "promotion", *SAMPLING)  # fmt: skip
+        root / "promotion", "--ssim-margin", 0.02, *SAMPLING)  # fmt: skip
     night = job("upscale", "run", "--source", root / "inbox", "--output", root / "outbox", "--model",
                 "models:/diffsr@champion", "--unit-megabytes", 0.02, *SAMPLING)  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

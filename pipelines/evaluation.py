@@ -258,7 +258,7 @@ def _study(
     asked = {name: getattr(config, name) for name in ("study_seconds", "study_task", "seed")}
     tasks: dict[str, bool | Literal["both"]] = {"unaided": False, "lr-shown": True, "both": "both"}
     page = write_study(
-        found, title="Which is the photograph?", seed=config.seed, seconds=config.study_seconds,
+        found, title="Photograph or computer?", seed=config.seed, seconds=config.study_seconds,
         show_lr=tasks[config.study_task], digest=fingerprint({**asked, "pictures": pictures}),
     )  # fmt: skip
     storage.publish(uri := storage.join(config.output, "study.html"), page.encode())
