@@ -63,12 +63,13 @@ def main() -> None:
     # Three photographs have wide intervals, and a model this young is not far above bicubic.
     job("promote", "--model", "diffsr", "--challenger", version, "--dataset", root / "held-out", "--output",
         root / "promotion", "--ssim-margin", 0.02, *SAMPLING)  # fmt: skip
-    night = job("upscale", "run", "--source", root / "inbox", "--output", root / "outbox", "--model",
-                "models:/diffsr@champion", "--unit-megabytes", 0.02, *SAMPLING)  # fmt: skip
+    job("upscale", "run", "--source", root / "inbox", "--output", root / "outbox", "--model", "models:/diffsr@champion",
+        "--unit-megabytes", 0.02, *SAMPLING)  # fmt: skip
+    nights = sorted((root / "outbox/_diffsr/reports").glob("*/night.html"))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"\n{time.monotonic() - started:.0f} s; largest process of a job {peak:.1f} GiB")
     print(f"The evaluation:  {root}/evaluation/report.html")
-    print(f"The night:       {night['outputs'][-1]}")
+    print(f"The night:       {nights[-1]}")
     print(f"MLflow:  {sys.executable} -m mlflow server --backend-store-uri sqlite:///{root}/mlflow.db --port 5000")
 
 
