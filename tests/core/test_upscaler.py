@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffsr_core.degradation import Degradation
-from diffsr_core.family import ModelConfig, SuperResolver
+from diffsr_core.family import ModelConfig, SuperResolver, regression_of
 from diffsr_core.metrics import lr_psnr, psnr
 from diffsr_core.networks.rrdb import RRDBConfig
 from diffsr_core.networks.srdiff import SRDiffConfig
@@ -123,6 +123,20 @@ def test_another_digest_seed_or_sample_is_another_image_of_the_same_regression()
     assert len({first.sr.tobytes(), *(other.sr.tobytes() for other in others)}) == 6
     assert all(other.regression.tobytes() == first.regression.tobytes() for other in others)
     assert first.sr.tobytes() != first.regression.tobytes()
+
+
+@pytest.mark.parametrize("config", MODELS, ids=["anchored", "published", "regression"])
+def test_a_models_own_regression_is_a_model_that_gives_the_same_image_in_no_steps(config: ModelConfig) -> None:
+    whole = upscaler(config)
+    alone = Upscaler(regression_of(model_of(config)), whole.recipe)
+    pixels = picture(28, 40)  # whole strides of both: a canvas of its own is not padded to those of the denoiser
+    assert alone.model.denoiser is None
+    assert alone(pixels, digest="a").sr.tobytes() == whole(pixels, digest="b").regression.tobytes()
+
+
+def test_a_model_whose_encoder_does_not_regress_has_no_regression() -> None:
+    with pytest.raises(ValueError, match="must regress for that"):
+        regression_of(tiny.model_of(tiny.MODELS["sr3"]))
 
 
 def test_without_a_denoiser_the_image_is_the_regression() -> None:

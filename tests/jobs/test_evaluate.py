@@ -20,16 +20,16 @@ from diffsr_core.checkpoint import load_model
 from diffsr_core.degradation import Degradation
 from diffsr_core.pixels import bicubic, lanczos
 from diffsr_core.sampling import SamplingRecipe
-from diffsr_core.upscaler import Upscaler
+from diffsr_core.upscaler import Upscaled, Upscaler
 from pipelines import evaluation
 from pipelines.cli import run_job
-from pipelines.datasets import Loader, open_dataset
+from pipelines.datasets import Loaded, Loader, open_dataset
 from pipelines.lease import Lease
 from pipelines.manifest import load_manifest
 from pipelines.measures import MeterSettings
 from pipelines.pairs import PairsConfig, make_pairs
 from pipelines.rows import iter_pairs
-from pipelines.scoring import Contender, Running, score_dataset
+from pipelines.scoring import Contender, Drawer, Running, score_dataset
 from tests.core.tiny import MODELS, RRDB_TWIN
 from tests.jobs.conftest import ROOT, Ran, photograph, png, run, tree
 from tests.jobs.tiny import SAMPLING, broken_folder, model_folder, waves, write_png
@@ -593,18 +593,25 @@ def test_transparent_pixels_are_a_reason(tiny: Path, tmp_path: Path, call: Calla
 
 
 def test_costs_are_those_of_the_image_that_is_scored_however_many_samples_are_drawn_for_sigma(
-    tiny: Path, tmp_path: Path, call: Callable[..., Ran]
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_png(tmp_path / "in/a.png", waves(160, 160))
-    flags = ["--model", tiny / "anchored", "--dataset", tmp_path / "in", "--engine", "local", *SAMPLING]
-    costs = {}
-    for samples in (1, 8):
-        output = tmp_path / str(samples)
-        assert call("evaluate", *flags, "--output", output, "--samples", samples).code == 0
-        row = rows_of(output)["a.png", "model"]
-        costs[samples] = (row["psnr"], row["device_s"], row["seconds"])
-    assert costs[1][0] == costs[8][0]
-    assert costs[8][1] < 4 * costs[1][1] and costs[8][2] < 4 * costs[1][2]
+    drawn = []
+
+    def draw(upscaler: Upscaler, pixels: np.ndarray, *, digest: str) -> Upscaled:
+        """Each call a second of the device more than the one before."""
+        drawn.append((upscaler.recipe.sample_index, upscaler.recipe.num_samples))
+        return Upscaled(lanczos(pixels, 4), None, None, float(len(drawn)))
+
+    recipe = {"num_steps": 2, "tile": 16, "halo": 4, "num_samples": 3}
+    loaded = Loaded(waves(16, 16), waves(64, 64), "digest")
+    for choice, expected in (("first", [(0, 1), (1, 1), (2, 1)]), ("mean", [(0, 3), (0, 1), (1, 1), (2, 1)])):
+        contender = Contender(method="model", model=str(tiny / "anchored"), recipe={**recipe, "choice": choice})
+        drawer = Drawer(contender, scale=4, device="cpu")
+        drawn.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Upscaler, "__call__", draw)
+            made = drawer(loaded)
+        assert drawn == expected and made.device_s == 1 and made.samples is not None and len(made.samples) == 3
 
 
 def test_the_same_study_has_one_digest_wherever_it_is_written_and_another_time_to_look_is_another_study(
