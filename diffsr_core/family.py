@@ -162,8 +162,8 @@ def amplitudes(noise_level: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 def regression_of(model: "SuperResolver") -> "SuperResolver":
     """Return the model's own regression as a model, its encoder shared. Raises ValueError where it has none.
 
-    Its canvas is padded to the encoder's stride alone: of sizes that are no multiple of the whole model's, its last rows
-    and columns are not those that the whole model begins from.
+    Its canvas is padded to the encoder's stride alone: of sizes that are no multiple of the whole model's, its last
+    rows and columns are not those that the whole model begins from.
     """
     if not model.config.encoder.regresses:
         raise ValueError(f"encoder ({model.config.encoder.kind}) must regress for that; use a model whose encoder does")
