@@ -16,10 +16,21 @@ from torch.utils.checkpoint import checkpoint
 from diffsr_core.family import SuperResolver
 from diffsr_core.networks import seed3, sr3
 from diffsr_core.networks.blocks import ResidualBlock
+from diffsr_core.networks.edsr import ConvBlock
+from diffsr_core.networks.film import FiLMBlock
 from diffsr_core.networks.rrdb import RRDBNet
 
 # None of them holds another.
-_BLOCKS = (ResidualBlock, sr3.Block, sr3.Attention, seed3.BigGANDown, seed3.BigGANUp, seed3.PlainBlock)
+_BLOCKS = (
+    ConvBlock,
+    FiLMBlock,
+    ResidualBlock,
+    sr3.Block,
+    sr3.Attention,
+    seed3.BigGANDown,
+    seed3.BigGANUp,
+    seed3.PlainBlock,
+)
 
 
 def units(model: SuperResolver) -> list[nn.Module]:

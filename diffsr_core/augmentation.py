@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from diffsr_core.blur import gaussian_kernel
 from diffsr_core.family import ModelConfig
-from diffsr_core.recipe import TrainingRecipe
+from diffsr_core.recipe import StageRecipe, TrainingRecipe
 from diffsr_core.schedule import sample_noise_levels
 
 
 class Drawn(NamedTuple):
     """hr (b, C, H, W) and lr (b, C + E, h, w) in [-1, 1], noise_level (b,), eps in the shape of x_0.
 
-    eps is (b, 0) in a stage that diffuses nothing.
+    eps is (b, 0) in a stage that diffuses nothing, (b, 2, *shape of x_0) in an energy stage, which draws twice.
     """
 
     hr: Tensor
@@ -39,7 +39,7 @@ def draw(
 ) -> Drawn:
     """Return the samples as step `step` trains them. hr, lr: stored pairs; indices: theirs in the global batch."""
     generator, scale, own = torch.Generator(), config.scale, config.encoder.channels
-    diffuses = recipe.stage_at(step)[0].name != "regression"
+    stage = recipe.stage_at(step)[0]
     samples = []
     for high, low, index in zip(hr, lr, indices, strict=True):
         generator.manual_seed(step_seed(recipe.seed, step, index))
@@ -51,9 +51,14 @@ def draw(
             worse = soil(low[:own], recipe.condition_blur_px, recipe.condition_noise, generator=generator)
             low = torch.cat([worse, low[own:]])
         level = sample_noise_levels(config.schedule, 1, generator=generator, continuous=config.told != "step")
-        shape = config.diffused_shape(low.shape[1], low.shape[2]) if diffuses else (0,)
+        shape = noise_shape(config, stage, low.shape[1], low.shape[2])
         samples.append((high, low, level[0], torch.randn(shape, generator=generator)))
     return Drawn(*(torch.stack(column) for column in zip(*samples, strict=True)))
+
+
+def noise_shape(config: ModelConfig, stage: StageRecipe, lr_height: int, lr_width: int) -> tuple[int, ...]:
+    """Return the shape of one image's eps in a stage."""
+    return (0,) if stage.name == "regression" else (*stage.noises, *config.diffused_shape(lr_height, lr_width))
 
 
 def step_seed(seed: int, step: int, index: int) -> int:

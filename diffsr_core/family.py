@@ -17,6 +17,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from diffsr_core.networks.edsr import EDSR, EDSRConfig
+from diffsr_core.networks.film import FiLMConfig, FiLMNet
 from diffsr_core.networks.interpolation import Interpolation, InterpolationConfig
 from diffsr_core.networks.one_pass import OnePass, OnePassConfig
 from diffsr_core.networks.rrdb import RRDBConfig, RRDBNet
@@ -30,6 +32,7 @@ from diffsr_core.schedule import Schedule, step_of_noise_level
 # By the `kind` that config.json names.
 ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "rrdb": (RRDBConfig, RRDBNet),
+    "edsr": (EDSRConfig, EDSR),
     "interpolation": (InterpolationConfig, Interpolation),
     "one_pass": (OnePassConfig, OnePass),
 }
@@ -37,7 +40,11 @@ DENOISERS: dict[str, tuple[type, type[nn.Module]]] = {
     "srdiff": (SRDiffConfig, SRDiffUNet),
     "sr3": (SR3Config, SR3UNet),
     "seed3": (Seed3Config, Seed3UNet),
+    "film": (FiLMConfig, FiLMNet),
 }
+
+EncoderSettings = RRDBConfig | EDSRConfig | InterpolationConfig | OnePassConfig
+DenoiserSettings = SRDiffConfig | SR3Config | Seed3Config | FiLMConfig
 
 
 Anchor = Literal["zero", "bicubic", "regression"]
@@ -54,8 +61,8 @@ class ModelConfig:
     parts that do not fit one another.
     """
 
-    encoder: RRDBConfig | InterpolationConfig | OnePassConfig
-    denoiser: SRDiffConfig | SR3Config | Seed3Config | None = None
+    encoder: EncoderSettings
+    denoiser: DenoiserSettings | None = None
     schedule: Schedule = Schedule()
     anchor: Anchor = "bicubic"
     anchor_gain: float = 1.0
@@ -79,7 +86,7 @@ class ModelConfig:
         if self.denoiser is not None:
             self._check_fit(self.denoiser)
 
-    def _check_fit(self, denoiser: SRDiffConfig | SR3Config | Seed3Config) -> None:
+    def _check_fit(self, denoiser: DenoiserSettings) -> None:
         encoder = self.encoder
         if self.space_to_depth < 1 or encoder.scale % self.space_to_depth:
             raise ValueError(

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from diffsr_core import activations
-from diffsr_core.distillation import Distillation
+from diffsr_core.augmentation import noise_shape
 from diffsr_core.family import ModelConfig, SuperResolver
-from diffsr_core.objective import Objective
+from diffsr_core.objectives import objective_of
 from diffsr_core.recipe import StageRecipe, TrainingRecipe
 
 _NARROW = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -187,7 +187,7 @@ def _step_bytes(
     micro = min(share, recipe.micro_batch or share)
     inputs = _inputs(model, stage, count=micro, side=side)
     with _OnMeta(_NARROW[recipe.precision], device=device):
-        objective = _objective(model, stage, teacher=teacher).train()
+        objective = objective_of(model, stage, teacher=teacher).train()
         with torch.no_grad():
             objective(*inputs)  # fills the caches of tables, so that a second plan is the first one again
         for parameter in model.parameters():
@@ -202,19 +202,11 @@ def _step_bytes(
     return waiting + live.peak + 2 * live.largest
 
 
-def _objective(model: SuperResolver, stage: StageRecipe, *, teacher: SuperResolver | None) -> nn.Module:
-    if stage.name != "distillation":
-        return Objective(model, stage)
-    if teacher is None:
-        raise ValueError("stage (distillation) needs a teacher, and there is none; give a trained model")
-    return Distillation(model, teacher, stage)
-
-
 def _inputs(model: SuperResolver, stage: StageRecipe, *, count: int, side: int) -> tuple[Tensor, ...]:
     """Return hr, lr, noise_level and eps of `count` images."""
     encoder = model.config.encoder
     low = side // encoder.scale
-    eps = (0,) if stage.name == "regression" else model.diffused_shape(low, low)
+    eps = noise_shape(model.config, stage, low, low)
     shapes = ((encoder.channels, side, side), (encoder.lr_channels, low, low), (), eps)
     return tuple(torch.empty((count, *shape), device="meta") for shape in shapes)
 

@@ -14,8 +14,8 @@ class Objective(nn.Module):
 
     def __init__(self, model: SuperResolver, stage: StageRecipe) -> None:
         super().__init__()
-        if stage.name == "distillation":
-            raise ValueError("stage (distillation) has a loss of its own; use distillation.Distillation")
+        if stage.in_one_step:
+            raise ValueError(f"stage ({stage.name}) has a loss of its own; use objectives.objective_of")
         if stage.name != "regression" and model.denoiser is None:
             raise ValueError(f"stage ({stage.name}) needs a denoiser, and this model has none; use stage regression")
         if stage.name != "diffusion" and not model.config.encoder.regresses:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 
 from diffsr_core.family import ModelConfig
+from diffsr_core.networks.edsr import EDSRConfig
+from diffsr_core.networks.film import FiLMConfig
 from diffsr_core.networks.interpolation import InterpolationConfig
 from diffsr_core.networks.one_pass import OnePassConfig
 from diffsr_core.networks.rrdb import RRDBConfig
@@ -139,6 +141,7 @@ _RESSHIFT_STAGE = StageRecipe(
     name="diffusion", num_steps=400_000, learning_rate=5e-5, loss="l2", warmup_share=0.0125, decay="cosine"
 )
 _NANO_ENCODER = RRDBConfig(scale=4, num_features=32, num_blocks=5, head="pixel_shuffle")
+_ANCHORED_STAGE = StageRecipe(name="diffusion", num_steps=10_000, learning_rate=3e-3, warmup_share=0.02)
 _NANO_STAGE = StageRecipe(name="diffusion", num_steps=800, learning_rate=1e-3)
 
 _PLAIN = {"blocks": "plain", "embedding_position": "between"}
@@ -269,6 +272,31 @@ PRESETS: dict[str, Preset] = {
     "seed3-32-128-plain": _seed3(
         32, 128, channels=3, params=62_732_547, twin_params=62_730_819, **_PLAIN,
         note="seed3-32-128's baseline, a plain U-Net; 4,700 steps of 64; no score published",
+    ),
+    "anchored-x4": Preset(
+        model=ModelConfig(
+            encoder=EDSRConfig(scale=4),
+            denoiser=FiLMConfig(),
+            schedule=Schedule(name="cosine", num_timesteps=1000),
+            anchor="regression",
+            residual_scale=10.0,
+            residual_clip=False,
+            space_to_depth=4,
+            told="noise_level",
+            prediction="x_0",
+        ),
+        recipe=TrainingRecipe(
+            stages=(replace(_ANCHORED_STAGE, name="regression"), _ANCHORED_STAGE),
+            batch_size=16,
+            optimizer="muon",
+            ema_half_lives_images=(10_000,),
+        ),
+        patch=128,
+        params=1_743_456,
+        twin_params=952_688,
+        regression=replace(_ANCHORED_STAGE, name="regression"),
+        note="a regression and a denoiser of its residual, plain convolutions at LR resolution; 10,000 + 10,000 steps of "
+        "16, some hours of a CPU core; no score published: the shipped model is one, its card has its scores",
     ),
     "nano-x4": Preset(
         model=ModelConfig(

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-StageName = Literal["regression", "diffusion", "joint", "distillation"]
+StageName = Literal["regression", "diffusion", "joint", "distillation", "energy"]
+IN_ONE_STEP = ("distillation", "energy")
 Decay = Literal["cosine", "constant", "halving"]
-Optimizer = Literal["adamw", "adam"]
+Optimizer = Literal["adamw", "adam", "muon"]
 Precision = Literal["float32", "bf16", "fp16"]
 Augmentation = Literal["none", "flip", "dihedral"]
 OnSpike = Literal["skip", "stop"]
@@ -28,11 +29,13 @@ def _check_range(name: str, value: float, low: float, high: float, *, above: boo
 @dataclass(frozen=True, kw_only=True)
 class StageRecipe:
     """One stage: `regression` trains the encoder, `diffusion` the denoiser with the encoder frozen, `joint` both,
-    `distillation` the denoiser to do in one step what a teacher does in teacher_steps.
+    `distillation` the denoiser to do in one step what a teacher does in teacher_steps, `energy` to draw in one step by
+    the energy score.
 
     loss: of both parts. weighting: of the diffusion loss by noise level. regression_weight: of the encoder's own loss
-    in a joint stage. The learning rate warms up linearly over warmup_share of the steps, then follows decay: `cosine`
-    to 5 %, `constant`, or `halving`, which halves it after each of `plateaus` equal spans. Raises ValueError.
+    in a joint stage. diversity: of the draws of an energy stage (see `energy`). The learning rate warms up linearly
+    over warmup_share of the steps, then follows decay: `cosine` to 5 %, `constant`, or `halving`, which halves it after
+    each of `plateaus` equal spans. Raises ValueError.
     """
 
     name: StageName
@@ -45,6 +48,7 @@ class StageRecipe:
     decay: Decay = "cosine"
     plateaus: int = 1
     teacher_steps: int = 4
+    diversity: float = 1.0
 
     def __post_init__(self) -> None:
         _check_name("stage name", self.name, StageName)
@@ -58,8 +62,20 @@ class StageRecipe:
         _check_range("regression_weight", self.regression_weight, 0, math.inf)
         _check_range("plateaus", self.plateaus, 1, math.inf)
         _check_range("teacher_steps", self.teacher_steps, 1, math.inf)
+        if not 0 <= self.diversity <= 1:
+            raise ValueError(f"diversity ({self.diversity}) must be from 0 to 1; 1 draws with HR's own variety")
         if not 0 <= self.warmup_share <= 1:
             raise ValueError(f"warmup_share ({self.warmup_share}) must be from 0 to 1; 0.05 is usual")
+
+    @property
+    def in_one_step(self) -> bool:
+        """Whether the stage makes a model that is sampled in one step of ddim."""
+        return self.name in IN_ONE_STEP
+
+    @property
+    def noises(self) -> tuple[int, ...]:
+        """What an image's eps has before the shape of x_0: nothing, or how many the stage draws."""
+        return (2,) if self.name == "energy" else ()
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate of this stage's `step` (0-based)."""

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from diffsr_core.activations import checkpoint_activations
 from diffsr_core.augmentation import Drawn, draw, step_seed
 from diffsr_core.averages import Averages
-from diffsr_core.distillation import Distillation
 from diffsr_core.family import SuperResolver
-from diffsr_core.objective import Objective
+from diffsr_core.muon import Muon
+from diffsr_core.objectives import objective_of
 from diffsr_core.recipe import StageRecipe, TrainingRecipe
 from diffsr_core.sharding import gathered, shard, split_like, synchronise, whole
 
@@ -208,18 +208,14 @@ class Trainer:
     def _build_stage(self) -> None:
         """Build the stage's objective and optimizer for the weights as they are."""
         self.norm_mean, self.norm_count = 0.0, 0
-        objective: nn.Module
-        if self.stage.name == "distillation":
-            if self.teacher is None:
-                raise ValueError("stage (distillation) needs a teacher, and there is none; give a trained model")
-            objective = Distillation(self.model, self.teacher, self.stage)
-        else:
-            objective = Objective(self.model, self.stage)
+        objective = objective_of(self.model, self.stage, teacher=self.teacher)
         if self.compiled:
             objective.compile()
         self.objective = (objective if self.sharded else self.wrap(objective)).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        kind = torch.optim.AdamW if self.recipe.optimizer == "adamw" else torch.optim.Adam
+        if self.sharded and self.recipe.optimizer == "muon":
+            raise ValueError("optimizer (muon) needs whole matrices, and sharded workers hold parts; use adamw")
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "muon": Muon}[self.recipe.optimizer]
         self.optimizer = kind(self.parameters, lr=0.0, betas=self.recipe.betas, weight_decay=self.recipe.weight_decay)
 
     def _placed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from diffsr_core.family import Condition, SuperResolver, amplitudes, x0_and_eps
 from diffsr_core.metrics import lr_psnr, psnr, ssim
 from diffsr_core.noise import noise_key
 from diffsr_core.pixels import Pixels, to_model_range, to_pixels
-from diffsr_core.recipe import StageName
+from diffsr_core.recipe import IN_ONE_STEP, StageName
 from diffsr_core.resize import upscale
 from diffsr_core.sampler import last, sample
 from diffsr_core.sampling import SamplingRecipe
@@ -72,7 +72,7 @@ def validation_loss(
 
     diffusion, joint: of eps, at num_levels levels of the schedule, t = (i + 1/2) T / num_levels rounded down. It is one
     number for predictions of eps, x_0 and v, and so compares models of one schedule that diffuse the same x_0.
-    regression: of the encoder's image. distillation: of the image that one DDIM step from noise gives.
+    regression: of the encoder's image. distillation, energy: of the image that one DDIM step from noise gives.
     chunk: pairs that go through the networks at once. Raises ValueError for a stage that this model does not have, or
     no pairs.
     """
@@ -112,7 +112,8 @@ def validate(
     """Return val_loss, val_x0_error (stages diffusion and joint), and each method's scores on pairs in [-1, 1].
 
     Methods, in the order of the strips, HR last: `bicubic` where the model reads an LR, `regression` where it
-    regresses, and `sample` but for stage regression, when it would be noise; in stage distillation it is the one step.
+    regresses, and `sample` but for stage regression, when it would be noise; in stages distillation and
+    energy it is the one step.
     Scores are of the uint8 pixels that are shown, over all channels, borders included: val_psnr_<method> and
     val_lr_psnr_<method> in dB, val_ssim_<method>, val_lpips_<method> by `perceptual`, which gets the model's device.
     Left out: SSIM below its window of 11 px; LR-PSNR at scale 1 and beside an encoder whose kernel is not bicubic, as
@@ -163,7 +164,7 @@ def _images(model: SuperResolver, part: _Part, *, stage: str, recipe: Validation
     if encoder.regresses:
         images["regression"] = part.image
     if stage != "regression":
-        images["sample"] = _sample(model, part, _one_step(recipe) if stage == "distillation" else recipe)
+        images["sample"] = _sample(model, part, _one_step(recipe) if stage in IN_ONE_STEP else recipe)
     return images
 
 
@@ -188,7 +189,7 @@ def _errors(model: SuperResolver, part: _Part, *, stage: str, recipe: Validation
     """Return the errors (B,) of a stage by name."""
     if stage == "regression":
         return {"val_loss": _distance(part.image, part.hr)}
-    if stage == "distillation":
+    if stage in IN_ONE_STEP:
         return {"val_loss": _distance(_sample(model, part, _one_step(recipe)), part.hr)}
     return _diffusion_errors(model, part, recipe)
 

@@ -16,12 +16,12 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from diffsr_core.family import ModelConfig
+from diffsr_core.family import DenoiserSettings, ModelConfig
+from diffsr_core.networks.edsr import EDSRConfig
+from diffsr_core.networks.film import FiLMConfig
 from diffsr_core.networks.interpolation import InterpolationConfig
 from diffsr_core.networks.rrdb import RRDBConfig
 from diffsr_core.networks.seed3 import Seed3Config
-from diffsr_core.networks.sr3 import SR3Config
-from diffsr_core.networks.srdiff import SRDiffConfig
 from diffsr_core.recipe import StageRecipe, TrainingRecipe
 from pipelines.manifest import SPLITS, Manifest
 from pipelines.pages import visible
@@ -89,7 +89,7 @@ def write_model_card(
         keep_trailing_newline=True,
     )
     environment.filters |= {"count": "{:,}".format}
-    distilled = recipe.stages[-1].name == "distillation"
+    distilled = recipe.stages[-1].in_one_step
     words = dict(recipe_in_words(manifest.recipe))
     return environment.get_template("model_card.md").render(
         front_matter=Markup(_front_matter(preset, config, manifest, scores, weights_licence)),
@@ -177,8 +177,8 @@ def _facts(config: ModelConfig) -> dict[str, str]:
     bands = {1: "grey", 3: "RGB"}.get(encoder.channels, f"{encoder.channels} bands")
     extra = f" and {encoder.extra_channels} extra maps of the LR" if encoder.extra_channels else ""
     facts = {"Image": f"{bands}, ×{config.scale}{extra}"}
-    if isinstance(encoder, RRDBConfig):
-        facts["Encoder"] = f"RRDB, {encoder.num_blocks} blocks of {encoder.num_features} features"
+    if isinstance(encoder, RRDBConfig | EDSRConfig):
+        facts["Encoder"] = f"{encoder.kind.upper()}, {encoder.num_blocks} blocks of {encoder.num_features} features"
     elif isinstance(encoder, InterpolationConfig):
         facts["Encoder"] = "none" if encoder.kernel == "none" else f"{encoder.kernel} interpolation"
     else:
@@ -198,7 +198,9 @@ def _facts(config: ModelConfig) -> dict[str, str]:
     }
 
 
-def _network(network: SRDiffConfig | SR3Config | Seed3Config) -> str:
+def _network(network: DenoiserSettings) -> str:
+    if isinstance(network, FiLMConfig):
+        return f"residual network, {network.num_blocks} blocks of {network.hidden} channels"
     if isinstance(network, Seed3Config):
         kind, widths = f"U-Net of {network.blocks} blocks", network.widths
     else:

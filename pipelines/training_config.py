@@ -46,6 +46,10 @@ class TrainConfig:
     """Diffusion model to distil into one that needs one step; training begins from its weights."""
     teacher_steps: int = 4
     """DDIM steps of the teacher that the student does in one."""
+    one_step: bool = False
+    """Train the denoiser to draw in one step, by the energy score: from --init, or after the encoder's stage."""
+    diversity: float = 1.0
+    """Of these draws: 1 has HR's own variety, 0 none; less is nearer to HR and smoother."""
     licence: str | None = None
     """Licence of the weights, for the model card."""
     data_licence: str | None = None
@@ -75,8 +79,8 @@ class TrainConfig:
     """How the rate falls after it."""
     plateaus: int | None = None
     """Equal spans of a halving decay."""
-    optimizer: Literal["adamw", "adam"] | None = None
-    """Optimizer."""
+    optimizer: Literal["adamw", "adam", "muon"] | None = None
+    """Optimizer; muon takes other learning rates."""
     weight_decay: float | None = None
     """Its weight decay."""
     gradient_clip: float | None = None
@@ -109,7 +113,7 @@ class TrainConfig:
     grid: str = "uniform"
     """Its grid."""
     sampling_steps: int | None = None
-    """Its steps; default: 4, 1 for a distilled model."""
+    """Its steps; default: 4, 1 with --teacher or --one-step."""
     val_pairs: int = 16
     """Pairs of the split val that are looked at, always the same."""
     lpips: str | None = field(default=None, metadata={"unit": "FOLDER"})
@@ -192,10 +196,24 @@ class TrainConfig:
                   "is by noise level, and a distillation has one", "leave it out")  # fmt: skip
         check(self.steps != 0 or self.encoder_steps is None, "encoder_steps", self.encoder_steps,
               "has no meaning beside --steps 0, which trains nothing", "leave it out")  # fmt: skip
-        samples = presets.get(self.preset).model.denoiser is not None and not self.teacher
+        if self.one_step:
+            check(presets.get(self.preset).model.denoiser is not None, "one_step", self.one_step,
+                  f"is of diffusion presets; {self.preset} has no denoiser", "use another preset")  # fmt: skip
+            for name in ("joint", "teacher"):
+                check(not getattr(self, name), name, getattr(self, name), "is another objective than --one-step",
+                      "leave out one of them")  # fmt: skip
+            check(self.weighting in (None, "none"), "weighting", self.weighting,
+                  "is by noise level, and one step has one", "leave it out")  # fmt: skip
+            check(self.loss is None, "loss", self.loss, "is not the energy score's distance", "leave it out")
+            check(self.model().prediction != "eps", "prediction", self.model().prediction,
+                  "must be v or x_0, in which one step is stable", "use --prediction x_0")  # fmt: skip
+        check(self.one_step or self.diversity == 1.0, "diversity", self.diversity, "is of --one-step", "give that too")
+        check(0 <= self.diversity <= 1, "diversity", self.diversity, "must be from 0 to 1", "use 1")
+        samples = presets.get(self.preset).model.denoiser is not None and not (self.teacher or self.one_step)
         for name, idle in (("sampler", {"ddim"}), ("grid", {"uniform"}), ("sampling_steps", {None, 1})):
             check(samples or getattr(self, name) in idle, name, getattr(self, name), "is of a validation that "
-                  "samples; a regression has none, a distilled model one step of ddim", "leave it out")  # fmt: skip
+                  "samples in several steps; a regression has none, --teacher and --one-step one step of ddim",
+                  "leave it out")  # fmt: skip
         halves = self.decay == "halving" or self.decay is None and any(
             stage.decay == "halving" for stage in presets.get(self.preset).recipe.stages)  # fmt: skip
         check(self.plateaus is None or halves, "plateaus", self.plateaus, "is of decay halving", "give that too")
@@ -251,6 +269,8 @@ class TrainConfig:
         *first, last = stages
         if self.teacher:
             first, last = [], replace(last, name="distillation", loss="l2", teacher_steps=self.teacher_steps)
+        if self.one_step:
+            last = replace(last, name="energy", diversity=self.diversity)
         if self.encoder_steps is not None:
             first = [replace(stage, num_steps=self.encoder_steps) for stage in first]
         last = last if self.steps is None else replace(last, num_steps=self.steps)
@@ -267,7 +287,7 @@ class TrainConfig:
 
     def validation(self) -> ValidationRecipe:
         """Return how the validation samples."""
-        steps = self.sampling_steps or (1 if self.teacher else 4)
+        steps = self.sampling_steps or (1 if self.teacher or self.one_step else 4)
         return ValidationRecipe(sampler=self.sampler, grid=self.grid, num_steps=steps)
 
     @property

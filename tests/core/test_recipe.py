@@ -78,7 +78,7 @@ def test_the_shares_of_all_workers_are_the_batch_once_and_in_order_and_alike(bat
 
 NAN, INF = math.nan, math.inf
 STAGES_REFUSED = [
-    ({"name": "denoise"}, r"stage name \('denoise'\) must be one of regression, diffusion, joint, distillation; use"),
+    ({"name": "denoise"}, r"stage name \('denoise'\) must be one of regression, diffusion, joint, distillation, energy; use"),
     ({"loss": "huber"}, r"stage loss \('huber'\) must be one of l1, l2; use one of them"),
     ({"weighting": "snr"}, r"stage weighting \('snr'\) must be one of none, min_snr; use one of them"),
     ({"decay": "linear"}, r"stage decay \('linear'\) must be one of cosine, constant, halving; use one of them"),
@@ -107,7 +107,7 @@ REFUSED = [
     ({"stages": ()}, r"stages \(0\) and batch_size \(16\) must be at least 1; use 1 or more"),
     ({"batch_size": 0}, r"stages \(1\) and batch_size \(0\) must be at least 1; use 1 or more"),
     ({"augmentation": "rotate"}, r"augmentation \('rotate'\) must be one of none, flip, dihedral; use one of them"),
-    ({"optimizer": "sgd"}, r"optimizer \('sgd'\) must be one of adamw, adam; use one of them"),
+    ({"optimizer": "sgd"}, r"optimizer \('sgd'\) must be one of adamw, adam, muon; use one of them"),
     ({"precision": "fp8"}, r"precision \('fp8'\) must be one of float32, bf16, fp16; use one of them"),
     ({"on_spike": "ignore"}, r"on_spike \('ignore'\) must be one of skip, stop; use one of them"),
     ({"crop_px": 0}, r"crop_px \(0\) must be at least 1 and finite; change it"),

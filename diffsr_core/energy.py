@@ -1,0 +1,79 @@
+"""Training a denoiser to draw in one step, by a proper scoring rule: no teacher's trajectory, no discriminator.
+
+f(x_T) is the x_0 that one step makes of noise. Two draws for the same LR are scored against the HR image,
+
+    (rho(f(x_T), x_0) + rho(f(x_T'), x_0)) / 2  -  diversity / 2 * rho(f(x_T), f(x_T'))
+
+where rho is the mean length of the difference over many small views of the image (see `distance`). With diversity 1
+this is the energy score: its expectation is least exactly where the draws have, in every view, the law that HR has
+given the LR, so texture is drawn rather than averaged away. Below 1 draws are nearer to the median and less varied: the
+dial between fidelity and texture. At 0 it is a regression.
+
+Source: Gneiting and Raftery 2007, sec. 4.3 (energy score); De Bortoli et al. 2025, arXiv:2502.02483 (diffusion models
+trained by it, and its weight below 1). The views are ours.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from diffsr_core.distillation import one_step
+from diffsr_core.family import SuperResolver
+from diffsr_core.recipe import StageRecipe
+
+_WINDOWS_PX = (1, 3, 8)
+_NUM_LEVELS = 3
+_TINY = 1e-4  # keeps the gradient of a length finite at 0; a hundredth of a level of 255
+
+
+class EnergyScore(nn.Module):
+    """The score as a module, so that DistributedDataParallel can wrap it. Trains the denoiser alone."""
+
+    def __init__(self, model: SuperResolver, stage: StageRecipe) -> None:
+        super().__init__()
+        if model.denoiser is None:
+            raise ValueError("stage (energy) needs a denoiser, and this model has none; use stage regression")
+        if model.config.prediction == "eps":
+            raise ValueError("prediction (eps) must be v or x_0, in which one step is stable; use x_0")
+        self.model = model
+        self.stage = stage
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("denoiser."))
+
+    def forward(self, hr: Tensor, lr: Tensor, noise_level: Tensor, eps: Tensor) -> Tensor:
+        """Return the loss for hr (B, C, H, W), lr (B, C + E, h, w) and eps (B, 2, *shape of x_0), two x_T of each.
+
+        noise_level is not read: one step begins at the noisiest.
+        """
+        model = self.model
+        model.encoder.eval()  # frozen, running statistics included
+        with torch.no_grad():
+            condition = model.condition(lr)
+        features = condition.features.repeat(2, 1, 1, 1)
+        draws = one_step(model, torch.cat(eps.unbind(1)), features).float().chunk(2)
+        images = [model.restore(x_0, condition) for x_0 in draws]
+        fidelity = sum((distance(image - hr) for image in images), start=hr.new_zeros(())) / 2
+        return fidelity - self.stage.diversity / 2 * distance(images[0] - images[1])
+
+
+def distance(difference: Tensor) -> Tensor:
+    """Return rho, the mean length of a difference of images (B, C, H, W) over its views.
+
+    A view is a window of 1, 3 or 8 px, all channels, in the difference itself or in one of its three finest octaves:
+    each length is that of a short vector, which a sum over the whole image would drown, and an octave of its own has
+    an amplitude of its own.
+    """
+    total, bands = difference.new_zeros(()), [difference]
+    low = difference
+    for _ in range(_NUM_LEVELS):
+        if min(low.shape[2:]) < 2 * max(_WINDOWS_PX):
+            break
+        smaller = nn.functional.avg_pool2d(low, 2)
+        enlarged = nn.functional.interpolate(smaller, scale_factor=2, mode="bilinear", align_corners=False)
+        bands.append(low[:, :, : enlarged.shape[2], : enlarged.shape[3]] - enlarged)
+        low = smaller
+    for band in bands:
+        power = band.square().sum(dim=1, keepdim=True)
+        for side in _WINDOWS_PX:
+            mean = power if side == 1 else nn.functional.avg_pool2d(power, side, stride=max(1, side // 2))
+            total = total + (mean + _TINY**2).sqrt().mean()
+    return total / (len(bands) * len(_WINDOWS_PX))
