@@ -36,7 +36,9 @@ class PairsConfig:
     crops: Literal["grid", "random"] = "grid"
     """Where patches are cut: in a grid without overlap, or at random places, which may overlap."""
     max_per_image: int = 64
-    """Patches taken from one image at most, chosen by hash."""
+    """Patches taken from one image at most, chosen by hash; of each of its reductions as many."""
+    reductions: tuple[int, ...] = (1,)
+    """Patches are cut from the image reduced by each of these (1: as it is): camera images are soft in full size."""
     min_deviation: float = 2.0
     """Patches none of whose channels has a standard deviation of this (of 255) are dropped as flat."""
     duplicates: Literal["set", "image", "keep"] = "set"
@@ -113,6 +115,9 @@ class PairsConfig:
         for name, (least, most, default) in limits.items():
             value = getattr(self, name)
             check(least <= value <= most, name, value, f"must be from {least:g} to {most:g}", f"use {default}")
+        factors = self.reductions
+        check(bool(factors) and len(set(factors)) == len(factors) and all(1 <= factor <= 16 for factor in factors),
+              "reductions", factors, "must be whole numbers from 1 to 16, once each", "use 1, or 1,2")  # fmt: skip
         for name, share in (("max_dead_share", 0.2), ("max_gone_share", 0.5)):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be from 0 to 1", f"use {share}")
         for name in ("val_share", "test_share"):
@@ -131,6 +136,8 @@ class PairsConfig:
         if self.lr_source is not None:
             check(self.degradation == "bicubic", "degradation", self.degradation,
                   "must be left out with lr_source, whose images are the LR", "leave out one of them")  # fmt: skip
+            check(factors == (1,), "reductions", factors, "must be 1 with lr_source, whose images have a size",
+                  "leave it out")  # fmt: skip
         check(self.lr_name == "{key}" or self.lr_source is not None, "lr_name", self.lr_name, "needs lr_source",
               "give --lr-source")  # fmt: skip
         self.corpus()
@@ -162,6 +169,8 @@ class PairsConfig:
                 name: getattr(self, name) for name in ("duplicates", "hash_distance", "val_share", "test_share", "seed")
             },
             **{name: getattr(self, name) for name in ("codec", "max_megapixels", "max_raster_megapixels")},
+            # Left out where it is what it always was, so that older sets stay what they are.
+            **({} if self.reductions == (1,) else {"reductions": list(self.reductions)}),
             "degradation": made_by,
             "working_space": space.name,
             "bands": list(self.bands),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from diffsr_core.degradation import Degradation
+from diffsr_core.resize import downscale_pixels, round_pixels
 from pipelines import storage
 from pipelines.blobs import codec_of, encode_blob
 from pipelines.config import fingerprint
@@ -155,12 +156,39 @@ class PairsWorker:
         }
         dropped: Counter[str] = Counter()
         made: list[dict[str, Any]] = []
+        for reduction in self.recipe.get("reductions", (1,)):
+            more, left = self._cut(row["key"], original, scene, twin, value_range=value_range, reduction=reduction)
+            made += [{**source, **pair} for pair in more]
+            dropped += left
+        if not made and not dropped:
+            dropped["dropped_too_small"] = 1
+        made.sort(key=lambda pair: tuple(pair["crop"].values()))
+        unique = self._without_copies(made)
+        if len(unique) < len(made):
+            dropped["dropped_duplicate"] += len(made) - len(unique)
+        return unique, dropped
+
+    def _cut(
+        self,
+        key: str,
+        original: Original,
+        scene: Scene,
+        twin: Scene | None,
+        *,
+        value_range: tuple[float, float],
+        reduction: int,
+    ) -> tuple[list[dict[str, Any]], Counter[str]]:
+        """Return the pairs cut from the source reduced by this factor, and how many patches were dropped, by reason."""
+        dropped: Counter[str] = Counter()
+        made: list[dict[str, Any]] = []
         side, most, tried = self.recipe["patch"], self.recipe["max_per_image"], 0
-        for y, x in corners(scene.height, scene.width, self.recipe, digest=original.digest):
+        height, width = scene.height // reduction, scene.width // reduction
+        digest = original.digest if reduction == 1 else f"{original.digest} reduced {reduction}"
+        for y, x in corners(height, width, self.recipe, digest=digest):
             if len(made) == most:
                 break
             tried += 1
-            hr, valid = scene.window(y, x, side, side)
+            hr, valid = scene.window(*(value * reduction for value in (y, x, side, side)))
             lr, usable = None, valid is None or bool(valid.all())
             if twin is not None:
                 s = self.recipe["scale"]
@@ -174,24 +202,20 @@ class PairsWorker:
                 if max(seen["deviation"]) < min(FLAT_TWIN, self.recipe["min_deviation"]):
                     dropped["dropped_flat_twin"] += 1
                     continue
+            hr = _reduced(hr, reduction)
             measures = measure(hr, value_range=value_range)
             if max(measures["deviation"]) < self.recipe["min_deviation"]:
                 dropped["dropped_flat"] += 1
                 continue
-            pair = self._pair(row["key"], original.digest, y, x, hr, lr, value_range=value_range)
-            whole = (scene.height, scene.width) == (side, side)
+            pair = self._pair(key, digest, y, x, hr, lr, value_range=value_range)
+            pair["crop"] = {name: value * reduction for name, value in pair["crop"].items()}
+            whole = reduction == 1 and (scene.height, scene.width) == (side, side)
             if scene.kept and whole and original.size <= hr.nbytes:  # no pixel changed: nor do the bytes
                 pair |= {"hr": original.read(), "hr_codec": scene.format.lower()}
-            made.append({**source, **measures, **pair})
-        if not tried:
-            dropped["dropped_too_small"] = 1
-        elif self.recipe["crops"] == "grid" and (left := num_cells(scene.height, scene.width, side) - tried):
+            made.append({**measures, **pair})
+        if tried and self.recipe["crops"] == "grid" and (left := num_cells(height, width, side) - tried):
             dropped["dropped_over_limit"] = left
-        made.sort(key=lambda pair: (pair["crop"]["y"], pair["crop"]["x"]))
-        unique = self._without_copies(made)
-        if len(unique) < len(made):
-            dropped["dropped_duplicate"] += len(made) - len(unique)
-        return unique, dropped
+        return made, dropped
 
     def _pair(
         self,
@@ -272,3 +296,11 @@ class PairsWorker:
         lr, lr_valid = twin.window(y, x, height, width)
         found = check_twins(hr, lr, scale=scale, max_shift=most, hr_valid=hr_valid, lr_valid=lr_valid)
         return max(math.hypot(*grids), math.hypot(found.dy, found.dx))
+
+
+def _reduced(pixels: np.ndarray, reduction: int) -> np.ndarray:
+    """Return pixels HWC downscaled by bicubic, in their own type."""
+    if reduction == 1:
+        return pixels
+    low = downscale_pixels(pixels, reduction)
+    return low.astype(pixels.dtype) if pixels.dtype.kind == "f" else round_pixels(low, pixels.dtype)

@@ -43,6 +43,10 @@ def _patches(recipe: Mapping[str, Any]) -> str:
     return f"{side} × {side} px, cut {cut}; at most {recipe['max_per_image']:,} of one image, chosen by hash"
 
 
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
 def _copies(recipe: Mapping[str, Any]) -> str:
     if recipe["duplicates"] == "keep":
         return "kept"
@@ -77,10 +81,15 @@ _PHRASES: list[Phrase] = [
     ("Scale", ("scale",), lambda r: f"{r['scale']} HR pixels per LR pixel along each axis"),
     ("Low resolution", ("degradation", "lr_source", "lr_name", "max_misalignment"), _low_resolution),
     ("Patches", ("patch", "crops", "max_per_image"), _patches),
+    (
+        "Reductions",
+        ("reductions",),
+        lambda r: f"cut from images reduced by {_listed(r['reductions'])} (1: as they are)",
+    ),
     ("Flat patches", ("min_deviation",), lambda r: f"dropped: no channel deviates by {r['min_deviation']:g} of 255"),
     ("Near copies", ("duplicates", "hash_distance"), _copies),
     ("Colours", ("working_space",), _space),
-    ("Bands", ("bands",), lambda r: ", ".join(map(str, r["bands"]))),
+    ("Bands", ("bands",), lambda r: _listed(r["bands"])),
     ("Black and white", ("value_range",), _value_range),
     ("Splits", ("val_share", "test_share"), _splits),
     ("Stored as", ("codec",), _codec),

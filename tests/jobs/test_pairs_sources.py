@@ -317,3 +317,39 @@ def test_an_image_that_is_one_patch_and_needs_no_change_keeps_its_bytes(tmp_path
         shown = np.asarray(Image.open(io.BytesIO(row["hr"])).convert("L" if row["hr_channels"] == 1 else "RGB"))
         np.testing.assert_array_equal(np.squeeze(decode_blob(row["hr"])), shown)  # by any image library
         assert_lr_is_degraded_hr(row)
+
+
+def test_patches_of_a_reduced_image_are_its_bicubic_and_their_crops_say_where_they_lie(tmp_path: Path) -> None:
+    image = photograph("coffee.png", 200)[:, :136]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(png(image))
+    run = made(tmp_path / "in", tmp_path / "out", reductions=(1, 2), min_deviation=0.0, duplicates="keep")
+    sides = [row["crop"]["h"] for row in run.rows]
+    assert sides.count(32) == (200 // 32) * (136 // 32) and sides.count(64) == (100 // 32) * (68 // 32)
+    assert len({row["pair_id"] for row in run.rows}) == len(run.rows) == len(sides)
+    for row in run.rows:
+        crop, hr = crop_of(row, image), decode_blob(row["hr"])
+        assert row["crop"]["h"] == row["crop"]["w"] and hr.shape == (32, 32, 3)
+        wanted = crop if row["crop"]["h"] == 32 else Degradation("bicubic", 2).apply(crop, seed=0)
+        assert np.array_equal(hr, wanted)
+        assert_lr_is_degraded_hr(row)
+    assert {row["split"] for row in run.rows} == {"train"}
+
+
+def test_as_many_patches_are_taken_of_each_reduction_and_one_that_is_too_small_gives_none(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(png(photograph("coffee.png", 200)[:, :136]))
+    settings = {"min_deviation": 0.0, "duplicates": "keep", "crops": "random", "max_per_image": 3}
+    run = made(tmp_path / "in", tmp_path / "out", reductions=(1, 3, 8), **settings)
+    assert sorted(row["crop"]["h"] for row in run.rows) == [32, 32, 32, 96, 96, 96]
+
+
+def test_a_set_without_reductions_is_the_set_that_it_was_before_there_were_any(tmp_path: Path) -> None:
+    space = PairsConfig(source="in", output="out").space()
+    assert "reductions" not in PairsConfig(source="in", output="out").recipe(space)
+    assert PairsConfig(source="in", output="out", reductions=(2,)).recipe(space)["reductions"] == [2]
+    for wrong in ((), (0,), (2, 2), (17,)):
+        with pytest.raises(ValueError, match="reductions .* must be whole numbers from 1 to 16, once each"):
+            PairsConfig(source="in", output="out", reductions=wrong)
+    with pytest.raises(ValueError, match="reductions .* must be 1 with lr_source"):
+        PairsConfig(source="in", output="out", lr_source="lr", reductions=(2,))
