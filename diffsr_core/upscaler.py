@@ -66,8 +66,9 @@ class Upscaler:
     """A model and a recipe. Calling it is a pure function of the LR pixels and the digest.
 
     Any number of threads may use one: their tiles share network calls. in_flight: windows that a call of the object
-    works on at once; like the threads, it changes the speed and the memory, never the bytes. regression: whether its
-    image is given too, which costs one more projection.
+    works on at once; lanes: network calls that run side by side on a CPU, each on recipe.num_threads; like the threads,
+    they change the speed and the memory, never the bytes. regression: whether its image is given too, which costs one
+    more projection.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Upscaler:
         *,
         device: str = "cpu",
         in_flight: int = 1,
+        lanes: int = 1,
         regression: bool = True,
     ) -> None:
         recipe.check_fits(model.config)
@@ -85,7 +87,8 @@ class Upscaler:
         self.device = device
         self.in_flight = in_flight
         self.gives_regression = regression and model.config.encoder.regresses
-        self.exchange = Exchange({"encode": self._encode, "denoise": self._predict}, size=recipe.micro_batch)
+        networks = {"encode": self._encode, "denoise": self._predict}
+        self.exchange = Exchange(networks, size=recipe.micro_batch, lanes=lanes, num_threads=recipe.num_threads)
         if model.denoiser is not None:
             self.grid = self.grid_from(recipe.start_level)
 

@@ -45,8 +45,8 @@ class ImageConfig(SamplingConfig):
     """The image: a file, a URI, or - for stdin; or the first word that is no flag."""
     output: str = field(metadata={"unit": "OUT"})
     """Where the result goes, a file or a URI; or the second word."""
-    model: str = field(default="models:/diffsr@champion", metadata={"unit": "REF"})
-    """Model: a folder or URI, models:/name@alias or models:/name/version."""
+    model: str = field(default="pretrained:diffsr-x4", metadata={"unit": "REF"})
+    """Model: one that ships (pretrained:NAME), a folder or URI, models:/name@alias or models:/name/version."""
     format: Literal["auto", "keep", "png", "jpeg", "webp", "tiff", "avif"] = field(
         default="auto", metadata={"group": "result"}
     )
@@ -114,7 +114,8 @@ def upscale_image(config: ImageConfig) -> Summary:
     model = resolve(config.model)
     network, _ = model_from_files(model.files)
     recipe = config.sampling(model.sampling)
-    upscaler = Upscaler(network, recipe, device="cuda" if config.use_gpu else "cpu", regression=False)
+    lanes = 1 if config.use_gpu else max(1, len(os.sched_getaffinity(0)) // recipe.num_threads)
+    upscaler = Upscaler(network, recipe, device="cuda" if config.use_gpu else "cpu", lanes=lanes, regression=False)
     say(f"image: {model.label}, digest {model.digest[:12]}, {recipe.sampler} {recipe.num_steps} steps")
     try:
         with upscaled(upscaler, original, settings=settings, model=model.digest, label="image") as result:

@@ -329,3 +329,49 @@ def test_the_bytes_of_an_image_are_those_it_has_alone_whatever_is_in_flight(
 
         together(*[work] * count)
         assert [found[index] for index in range(len(images))] == alone
+
+
+def test_lanes_run_calls_side_by_side_and_give_each_tile_its_own() -> None:
+    gate = threading.Barrier(3)  # passed only when three calls run at once
+
+    def network(batch: list[Tensor]) -> list[Tensor]:
+        gate.wait(PATIENCE_S)
+        return [2 * batch[0]]
+
+    exchange = Exchange({"network": network}, size=2, lanes=3)
+    with exchange.member() as member:
+        found = exchange.ask(member, "network", [tile(float(index)) for index in range(1, 13)])
+    assert [float(out[0, 0, 0]) for (out,) in found] == [2.0 * index for index in range(1, 13)]
+    assert (exchange.num_calls, exchange.num_padded) == (6, 0)
+
+
+def test_what_a_call_beside_raises_reaches_who_asked_and_the_next_call_works() -> None:
+    def network(batch: list[Tensor]) -> list[Tensor]:
+        if (batch[0] == -1).any():
+            raise ArithmeticError("a broken tile")
+        return [batch[0]]
+
+    exchange = Exchange({"network": network}, size=1, lanes=2)
+    with exchange.member() as member:
+        with pytest.raises(ArithmeticError, match="a broken tile"):
+            exchange.ask(member, "network", [tile(1.0), tile(-1.0), tile(2.0)])
+        assert len(exchange.ask(member, "network", [tile(3.0)] * 5)) == 5
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_lanes_have_the_threads_of_the_recipe_and_change_no_byte(num_threads: int) -> None:
+    recipe = SamplingRecipe(num_steps=2, tile=16, halo=4, micro_batch=2, num_threads=num_threads)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    seen: set[int] = set()
+    images = []
+    for lanes in (1, 3):
+        upscaler = Upscaler(model_of(SRDIFF), recipe, lanes=lanes)
+        asked = upscaler.exchange._networks["denoise"]
+
+        def watched(batch: list[Tensor], asked: Callable[[list[Tensor]], list[Tensor]] = asked) -> list[Tensor]:
+            seen.add(torch.get_num_threads())
+            return asked(batch)
+
+        upscaler.exchange._networks = {**upscaler.exchange._networks, "denoise": watched}
+        images.append(upscaler(pixels, digest="a").sr.tobytes())
+    assert images[0] == images[1] and seen == {num_threads}
