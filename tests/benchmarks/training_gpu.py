@@ -24,7 +24,7 @@ from diffsr_core.resize import downscale
 from diffsr_core.training import Trainer, fit
 from tests.benchmarks.steps import cpu_name
 
-PRESETS = ("srdiff-df2k-x4", "sr3-lite-16-128")
+PRESETS = ("srdiff-df2k-x4", "sr3-lite-16-128", "anchored-x4")
 WARM_STEPS = 5
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 HEAD = (
