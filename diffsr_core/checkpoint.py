@@ -1,5 +1,7 @@
 """A model is a folder: config.json, model.safetensors, ema.safetensors and README.md (the card). No pickle anywhere.
 
+A released one has no ema.safetensors: its model.safetensors is the average, in half precision.
+
 A sampling.json beside them is the schedule that was found for the network, with its evidence: no part of the digest.
 """
 
@@ -29,9 +31,23 @@ def model_files(
     config: ModelConfig, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor], *, preset: str, card: str
 ) -> dict[str, bytes]:
     """Return the folder's files by name. The digest in config.json covers the settings and both weight files."""
-    payload = {WEIGHTS: _pack(weights), EMA: _pack(ema)}
+    return _folder(config, {WEIGHTS: _pack(weights), EMA: _pack(ema)}, preset=preset, card=card)
+
+
+def released_files(files: Mapping[str, bytes], *, card: str) -> dict[str, bytes]:
+    """Return a folder's files as they are given to others: the average alone, float16, a quarter of the bytes.
+
+    It is another model with a digest of its own, which computes in float32 as before; it cannot be resumed. A
+    sampling.json is of the other digest, and left out. Raises ValueError as model_from_files.
+    """
+    model, document = model_from_files(files)
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    return _folder(model.config, {WEIGHTS: _pack(halves)}, preset=document["preset"], card=card)
+
+
+def _folder(config: ModelConfig, payload: dict[str, bytes], *, preset: str, card: str) -> dict[str, bytes]:
     settings = {"format": FORMAT, "preset": preset, "model": dataclasses.asdict(config)}
-    document = {**settings, "digest": _digest(settings, payload)}
+    document = {**settings, "digest": _digest(settings, payload), "weights": sorted(payload)}
     return {**payload, CARD: card.encode(), CONFIG: json.dumps(document, indent=2, sort_keys=True).encode()}
 
 
@@ -40,16 +56,18 @@ def model_from_files(files: Mapping[str, bytes], *, ema: bool = True) -> tuple[S
 
     Missing, foreign or damaged files are a ValueError, never random weights.
     """
-    for name in (CONFIG, WEIGHTS, EMA):
+    if CONFIG not in files:
+        raise ValueError(f"model folder ({sorted(files)}) lacks {CONFIG}; copy the folder again, whole")
+    document = _document(files[CONFIG])
+    for name in document["weights"]:
         if name not in files:
             raise ValueError(f"model folder ({sorted(files)}) lacks {name}; copy the folder again, whole")
-    document = _document(files[CONFIG])
     settings = {key: document[key] for key in ("format", "preset", "model")}
-    found = _digest(settings, {name: files[name] for name in (WEIGHTS, EMA)})
+    found = _digest(settings, {name: files[name] for name in document["weights"]})
     if found != document["digest"]:
         raise ValueError(f"model digest ({found}) must equal config.json's {document['digest']}; the files are damaged")
     model = SuperResolver(config_from_json(document["model"]))
-    model.load_state_dict(load(files[EMA if ema else WEIGHTS]))
+    model.load_state_dict(load(files[EMA if ema and EMA in document["weights"] else WEIGHTS]))
     return model.eval(), document
 
 
@@ -97,6 +115,17 @@ def schedule_from_files(files: Mapping[str, bytes]) -> dict[str, Any] | None:
     return dict(document)
 
 
+def own_schedule(files: Mapping[str, bytes], config: ModelConfig) -> dict[str, Any] | None:
+    """Return what a model is sampled with unless somebody says otherwise: the fields of SCHEDULE, or None.
+
+    That is its sampling.json, or one step for a model that was trained for it. Raises as schedule_from_files.
+    """
+    found = schedule_from_files(files)
+    if found is None and config.one_step:
+        return {"sampler": "ddim", "grid": "uniform", "num_steps": 1, "start_level": 0.0}
+    return found
+
+
 def config_from_json(fields: Mapping[str, Any]) -> ModelConfig:
     """Return the ModelConfig that `dataclasses.asdict` and JSON made of it."""
     denoiser = fields["denoiser"]
@@ -132,6 +161,8 @@ def _document(data: bytes) -> dict[str, Any]:
     for key in ("preset", "model", "digest"):
         if key not in document:
             raise ValueError(f"{CONFIG} lacks {key}; copy the folder again, whole")
+    if document.setdefault("weights", [EMA, WEIGHTS]) not in ([EMA, WEIGHTS], [WEIGHTS]):  # older ones do not say
+        raise ValueError(f"{CONFIG} names the weights {document['weights']}, which are none; copy the folder again")
     return document
 
 

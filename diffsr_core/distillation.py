@@ -28,12 +28,12 @@ from diffsr_core.sampler import last, sample
 from diffsr_core.schedule import sampling_grid
 from diffsr_core.sharding import whole
 
-_OWN = ("denoiser", "told", "prediction")  # what a student may have other than its teacher
+_OWN = ("denoiser", "told", "prediction", "one_step")  # what a student may have other than its teacher
 
 
 def student_config(teacher: ModelConfig) -> ModelConfig:
-    """Return the teacher's settings, with x_0 in place of eps: one step of an eps-network is not stable (see below)."""
-    return replace(teacher, prediction="x_0") if teacher.prediction == "eps" else teacher
+    """Return the teacher's settings for one step, x_0 in place of eps: with that it is not stable (see below)."""
+    return replace(teacher, prediction="x_0" if teacher.prediction == "eps" else teacher.prediction, one_step=True)
 
 
 def one_step(model: SuperResolver, x_T: Tensor, features: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class EnergyScore(nn.Module):
             raise ValueError("stage (energy) needs a denoiser, and this model has none; use stage regression")
         if model.config.prediction == "eps":
             raise ValueError("prediction (eps) must be v or x_0, in which one step is stable; use x_0")
+        if stage.weighting != "none":
+            raise ValueError(f"weighting ({stage.weighting}) must be none in one step, which has one noise level")
         self.model = model
         self.stage = stage
         for name, parameter in model.named_parameters():
@@ -45,7 +47,7 @@ class EnergyScore(nn.Module):
         noise_level is not read: one step begins at the noisiest.
         """
         model = self.model
-        model.encoder.eval()  # frozen, running statistics included
+        model.eval()  # no dropout, and running statistics as they are: what is trained is what will be sampled
         with torch.no_grad():
             condition = model.condition(lr)
         features = condition.features.repeat(2, 1, 1, 1)
@@ -73,7 +75,7 @@ def distance(difference: Tensor) -> Tensor:
         low = smaller
     for band in bands:
         power = band.square().sum(dim=1, keepdim=True)
-        for side in _WINDOWS_PX:
+        for side in (side for side in _WINDOWS_PX if side <= min(power.shape[2:])):
             mean = power if side == 1 else nn.functional.avg_pool2d(power, side, stride=max(1, side // 2))
             total = total + (mean + _TINY**2).sqrt().mean()
     return total / (len(bands) * len(_WINDOWS_PX))

@@ -57,6 +57,7 @@ class ModelConfig:
     """Everything needed to rebuild a model; written to config.json. denoiser None is the regression twin.
 
     told: `step` t, `noise_level` (as its angle, 0 to 1000), or `amplitude` (the level itself, as the public SR3 code).
+    one_step: trained to be sampled in one step of ddim from noise, and in no other way.
     anchor_gain: 255/256 for SRDiff's released weights, whose anchor was made from pixels / 256. Raises ValueError for
     parts that do not fit one another.
     """
@@ -71,6 +72,7 @@ class ModelConfig:
     space_to_depth: int = 1
     told: Told = "step"
     prediction: Prediction = "eps"
+    one_step: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (

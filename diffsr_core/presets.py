@@ -295,8 +295,8 @@ PRESETS: dict[str, Preset] = {
         params=1_743_456,
         twin_params=952_688,
         regression=replace(_ANCHORED_STAGE, name="regression"),
-        note="a regression and a denoiser of its residual, plain convolutions at LR resolution; 10,000 + 10,000 steps of "
-        "16, some hours of a CPU core; no score published: the shipped model is one, its card has its scores",
+        note="a regression and a denoiser of its residual, plain convolutions at LR resolution; 10,000 + 10,000 steps "
+        "of 16, some hours of a CPU core; no score published: the shipped model is one, its card has its scores",
     ),
     "nano-x4": Preset(
         model=ModelConfig(

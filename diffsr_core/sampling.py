@@ -61,6 +61,11 @@ class SamplingRecipe:
             value, low = getattr(self, name), least.get(name, 1)
             if value is not None and value < low:
                 raise ValueError(f"{name} ({value}) must be at least {low}; use {low} or more")
+        if self.micro_batch > 1 and self.micro_batch % 2:
+            raise ValueError(
+                f"micro_batch ({self.micro_batch}) must be 1 or even: vector kernels give the last of an odd number of "
+                f"tiles other bits than the first; use {self.micro_batch + 1}"
+            )
         if self.halo < 0 or self.tile <= 2 * self.halo:
             raise ValueError(f"halo ({self.halo}) must be from 0 to less than half the tile ({self.tile})")
         if self.window < self.tile:
@@ -93,6 +98,12 @@ class SamplingRecipe:
         if config.scale == 1 and self.consistency != "off":
             raise ValueError(
                 f"consistency ({self.consistency}) must be off at scale 1, where it would give the input back; use off"
+            )
+        asked = (self.sampler, self.num_steps, self.start_level)
+        if config.one_step and config.denoiser is not None and asked != ("ddim", 1, 0.0):
+            raise ValueError(
+                f"sampler, num_steps and start_level {asked} must be ddim, 1 and 0: this model was trained to draw in "
+                "one step; leave them out"
             )
         if self.start_level and not config.encoder.regresses:
             raise ValueError(f"start_level ({self.start_level}) must be 0: the model has no regression to start from")

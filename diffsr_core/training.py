@@ -76,6 +76,8 @@ class Trainer:
         checkpointed: bool = False,
     ) -> None:
         _check_shares(recipe, world, sharded=sharded)
+        if sharded and recipe.optimizer == "muon":
+            raise ValueError("optimizer (muon) needs whole matrices, and sharded workers hold parts; use adamw")
         self.model = model.to(device)
         self.teacher = None if teacher is None else teacher.to(device).eval()
         self.recipe, self.rank, self.world, self.device = recipe, rank, world, torch.device(device)
@@ -213,8 +215,6 @@ class Trainer:
             objective.compile()
         self.objective = (objective if self.sharded else self.wrap(objective)).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if self.sharded and self.recipe.optimizer == "muon":
-            raise ValueError("optimizer (muon) needs whole matrices, and sharded workers hold parts; use adamw")
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "muon": Muon}[self.recipe.optimizer]
         self.optimizer = kind(self.parameters, lr=0.0, betas=self.recipe.betas, weight_decay=self.recipe.weight_decay)
 

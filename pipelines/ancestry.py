@@ -21,9 +21,8 @@ def inherited(config: TrainConfig, ancestors: Mapping[str, ResolvedModel]) -> Mo
     """
     if "teacher" in ancestors:
         return _as_taught(config, ancestors["teacher"])
-    if "init" in ancestors:
-        return _as_parent(config, ancestors["init"])
-    return config.model()
+    model = _as_parent(config, ancestors["init"]) if "init" in ancestors else config.model()
+    return model if config.steps == 0 else replace(model, one_step=config.one_step)
 
 
 def _config_of(model: ResolvedModel) -> ModelConfig:
@@ -75,7 +74,8 @@ def _as_parent(config: TrainConfig, parent: ResolvedModel) -> ModelConfig:
     if changed:
         say(f"train: {parent.label} predicts {found.prediction}, and is trained on to predict {prediction}")
     child = replace(found, prediction=prediction)
-    others = [field.name for field in fields(child) if getattr(child, field.name) != getattr(wanted, field.name)]
+    names = [field.name for field in fields(child) if field.name != "one_step"]
+    others = [name for name in names if getattr(child, name) != getattr(wanted, name)]
     if others:
         say(f"train: {', '.join(others)} as in {parent.label}, not as in the preset")
     return child

@@ -14,6 +14,7 @@ from diffsr_core import checkpoint
 from pipelines import storage
 from pipelines.blobs import encode_blob
 from pipelines.engine import say
+from pipelines.shipped import PREFIX, shipped_files
 
 MODEL_FILES = (checkpoint.CARD, checkpoint.WEIGHTS, checkpoint.EMA, checkpoint.CONFIG)  # config.json is published last
 FOLDER_FILES = (checkpoint.SAMPLING, *MODEL_FILES)  # a folder may hold the schedule that was found for its network
@@ -26,7 +27,7 @@ EXAMPLE_PX = 32
 class ResolvedModel:
     """A model reference, resolved once: its files, digest, and its name and version where it came from the registry.
 
-    sampling: the document of its sampling.json, None without one.
+    sampling: its own schedule, as checkpoint.own_schedule gives it.
     """
 
     ref: str
@@ -43,14 +44,12 @@ class ResolvedModel:
 
 
 def resolve(ref: str) -> ResolvedModel:
-    """Return the model of a folder or URI, `models:/name@alias` or `models:/name/version`.
+    """Return the model of a folder or URI, `models:/name@alias`, `models:/name/version` or `pretrained:NAME`.
 
     Raises ValueError for a reference that leads nowhere and for files that are missing or damaged.
     """
-    if ref.startswith("pretrained:"):
-        raise ValueError(
-            f"model ({ref}) must be one that exists; no model ships yet: train one, or use models:/NAME@ALIAS"
-        )
+    if ref.startswith(PREFIX):
+        return _resolved(ref, shipped_files(ref.removeprefix(PREFIX)))
     if ref.startswith("models:/"):
         from pipelines import tracking  # MLflow takes a second to import, and a folder needs none of it
 
@@ -67,12 +66,12 @@ def resolve(ref: str) -> ResolvedModel:
 def _resolved(ref: str, files: Mapping[str, bytes], *, name: str = "", version: int | None = None) -> ResolvedModel:
     """Return files that make a whole model, and a schedule of this very model if any; raises ValueError for others."""
     try:
-        _, document = checkpoint.model_from_files(files)
-        sampling = checkpoint.schedule_from_files(files)
+        found, document = checkpoint.model_from_files(files)
+        sampling = checkpoint.own_schedule(files, found.config)
     except ValueError as error:
         raise ValueError(f"model ({ref}) must be a whole model folder: {error}") from error
     digest = str(document["digest"])
-    if sampling is not None and sampling["evidence"]["model"] != digest:
+    if sampling is not None and sampling.get("evidence", {}).get("model", digest) != digest:
         raise ValueError(
             f"model ({ref}) has a {checkpoint.SAMPLING} that was found for another network (digest "
             f"{sampling['evidence']['model']:.12}, this one's is {digest:.12}); delete it, or search the schedule again"
@@ -179,7 +178,7 @@ def _example(files: Mapping[str, bytes]) -> bytes:
 
 def _told(document: Mapping[str, Any]) -> list[Any]:
     """Return what makes two stored schedules the same: all but the time, which differs from run to run."""
-    evidence = document["evidence"]
+    evidence = document.get("evidence", {})
     return [document[name] for name in checkpoint.SCHEDULE] + [
-        evidence[n] for n in ("model", "data", "measure", "value")
+        evidence.get(n) for n in ("model", "data", "measure", "value")
     ]

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from diffsr_core.checkpoint import model_from_files, schedule_from_files
+from diffsr_core.checkpoint import model_from_files, own_schedule
 from diffsr_core.consistency import Consistency
 from diffsr_core.family import ModelConfig
 from diffsr_core.sampling import SamplingRecipe
@@ -81,7 +81,7 @@ class PictureRequest:
 
 
 def usual_request(own: Mapping[str, Any] | None, config: ModelConfig) -> PictureRequest:
-    """Return what a model is asked for unless a request says otherwise. own: its sampling.json, None without one."""
+    """Return what a model is asked for unless a request says otherwise. own: its own schedule, None without one."""
     recipe = SamplingConfig().sampling(own)
     return PictureRequest(
         sampler=recipe.sampler,
@@ -95,7 +95,7 @@ def usual_request(own: Mapping[str, Any] | None, config: ModelConfig) -> Picture
 def usual_params(files: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the parameters that a model folder is served with, and their defaults: the schema of its `params`."""
     model, _ = model_from_files(files)
-    return asdict(usual_request(schedule_from_files(files), model.config))
+    return asdict(usual_request(own_schedule(files, model.config), model.config))
 
 
 def recipe_fingerprint(recipe: SamplingRecipe, settings: StillSettings) -> str:

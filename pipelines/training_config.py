@@ -234,6 +234,9 @@ class TrainConfig:
         check(self.strategy == "ddp" or self.micro_batch is None or not uneven, "micro_batch", self.micro_batch,
               f"needs, with fsdp2, a batch ({batch}) that all numbers of workers divide ({uneven[:1]} does not)",
               "leave it out, or change the batch")  # fmt: skip
+        muon = (self.optimizer or presets.get(self.preset).recipe.optimizer) == "muon"
+        check(not (muon and self.strategy == "fsdp2"), "strategy", self.strategy,
+              "splits the matrices that optimizer muon needs whole", "use --optimizer adamw")  # fmt: skip
         least = self.min_workers
         check(least is None or 1 <= least <= self.num_workers, "min_workers", least,
               f"must be from 1 to num_workers ({self.num_workers})", "use 1")  # fmt: skip
@@ -241,6 +244,8 @@ class TrainConfig:
     def model(self) -> ModelConfig:
         """Return the model: the preset's with what was overridden."""
         model = presets.get(self.preset).model
+        if self.one_step:
+            model = replace(model, one_step=True)
         if self.prediction is None or self.prediction == model.prediction:
             return model
         check(model.denoiser is not None, "prediction", self.prediction, f"is of a denoiser, which {self.preset} has "

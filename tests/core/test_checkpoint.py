@@ -227,7 +227,7 @@ def test_an_unknown_kind_of_network_is_an_error_that_lists_the_known_ones(
 ) -> None:
     weights = SuperResolver(config).state_dict()
     files = model_files(config, weights, weights, preset="tiny", card="")
-    known = "rrdb, interpolation, one_pass" if path == ("encoder", "kind") else "srdiff, sr3, seed3"
+    known = "rrdb, edsr, interpolation, one_pass" if path == ("encoder", "kind") else "srdiff, sr3, seed3, film"
     with pytest.raises(ValueError, match=rf"network kind \({kind!r}\) must be one of {known}; update DiffSR"):
         model_from_files(altered(files, *path, value=kind))
     assert model_from_files(altered(files, "prediction", value="x_0"))[0].config.prediction == "x_0"

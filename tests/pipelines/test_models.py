@@ -1,6 +1,7 @@
 """Laws of pipelines.models: a reference is a whole, undamaged model or an error; a copy is whole or none."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,16 +11,23 @@ from diffsr_core.checkpoint import (
     CONFIG,
     EMA,
     SAMPLING,
+    SCHEDULE,
     WEIGHTS,
     load_model,
     model_files,
+    model_from_files,
+    own_schedule,
+    released_files,
     save_files,
     schedule_json,
 )
 from diffsr_core.family import ModelConfig, SuperResolver
 from diffsr_core.networks.rrdb import RRDBConfig
-from pipelines import storage
+from diffsr_core.sampling import SamplingRecipe
+from pipelines import shipped, storage
 from pipelines.models import FOLDER_FILES, MODEL_FILES, load_files, publish_files, publish_model, resolve
+from pipelines.pictures import usual_params
+from tests.core.tiny import ANCHORED
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +99,55 @@ def test_an_altered_config_is_a_value_error_that_names_the_model(folder, change)
         resolve(str(folder))
 
 
-def test_a_pretrained_name_is_refused_as_none_ships():
-    with pytest.raises(ValueError, match="pretrained:any.*no model ships"):
+def test_a_name_that_does_not_ship_is_refused_with_those_that_do():
+    with pytest.raises(ValueError, match="pretrained:any.*use one of them: pretrained:diffsr-x4"):
         resolve("pretrained:any")
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_a_shipped_model_is_whole_small_and_drawn_in_one_step(name):
+    found = resolve(f"pretrained:{name}")
+    network, _ = model_from_files(found.files)
+    assert network.config.one_step and network.config.scale == int(name.split("-x")[1][0])
+    assert {key: found.sampling[key] for key in SCHEDULE} == {
+        "sampler": "ddim", "grid": "uniform", "num_steps": 1, "start_level": 0.0
+    }  # fmt: skip
+    assert sum(weight.numel() for weight in network.parameters()) <= 6_000_000
+    assert sum(map(len, found.files.values())) <= 24 * 2**20
+    assert all(bool(weight.isfinite().all()) for weight in network.parameters())
+    card = found.files[CARD].decode()
+    assert all(f"## {part}" in card for part in ("Data", "Training", "Scores", "Limits", "Attribution"))
+
+
+def test_a_released_model_is_its_average_in_half_precision_and_another_model(folder, files):
+    released = released_files(files, card="# Ours")
+    assert set(released) == {CONFIG, WEIGHTS, CARD} and released[CARD] == b"# Ours"
+    assert len(released[WEIGHTS]) < 0.3 * sum(len(files[name]) for name in (WEIGHTS, EMA))
+    (before, document), (after, again) = model_from_files(files), model_from_files(released)
+    assert document["digest"] != again["digest"] and before.config == after.config
+    for name, weight in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], weight.half().float()), name
+    with pytest.raises(ValueError, match=f"lacks {WEIGHTS}"):
+        model_from_files({name: data for name, data in released.items() if name != WEIGHTS})
+
+
+def test_a_config_that_names_other_weights_is_refused(folder):
+    (folder / CONFIG).write_bytes(alter((folder / CONFIG).read_bytes(), weights=["config.json"]))
+    with pytest.raises(ValueError, match="names the weights"):
+        resolve(str(folder))
+
+
+def test_a_model_of_one_step_is_asked_for_one_step_and_no_other():
+    config = replace(ANCHORED, one_step=True)
+    weights = SuperResolver(config).state_dict()
+    files = model_files(config, weights, weights, preset="tiny", card="")
+    assert own_schedule(files, config) == {"sampler": "ddim", "grid": "uniform", "num_steps": 1, "start_level": 0.0}
+    assert own_schedule(files, ANCHORED) is None
+    assert usual_params(files)["steps"] == 1
+    for asked in ({"num_steps": 8}, {"num_steps": 1, "sampler": "sr3"}, {"num_steps": 1, "start_level": 0.5}):
+        with pytest.raises(ValueError, match="trained to draw in one step"):
+            SamplingRecipe(**asked).check_fits(config)
+    SamplingRecipe(num_steps=1).check_fits(config)
 
 
 def test_a_model_is_published_once_with_its_config_last(folder, files, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_every_flag_reaches_the_recipe_and_the_defaults_are_the_recipes_own(job)
         "margin": 8,
         "tile": 32,
         "halo": 2,
-        "micro_batch": 3,
+        "micro_batch": 6,
         "num_threads": 2,
         "precision": "bf16",
     }
