@@ -220,7 +220,10 @@ def _plan(
     gradients = math.ceil(trained / parts)
     if world > 1 and not sharded:
         gradients *= 2  # DistributedDataParallel's buckets are a copy of them
-    optimizer = math.ceil(2 * trained / parts)
+    # Two averages of each gradient; Muon keeps one of a matrix's.
+    single = recipe.optimizer == "muon"
+    matrices = _nbytes(p for p in model.parameters() if p.requires_grad and p.ndim > 1 and single)
+    optimizer = math.ceil((2 * trained - matrices) / parts)
     parameters = math.ceil(weights / parts) + (weights if teacher else 0)
     averages = len(recipe.ema_half_lives_images) * math.ceil(_nbytes(model.state_dict().values()) / parts)
     # By then what the backward pass kept is gone, but Adam on a GPU makes one more copy of what it updates.

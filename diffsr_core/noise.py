@@ -16,8 +16,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _NUM_ROUNDS = 10
 
-# Pixels computed at once: about 20 float64 temporaries of this size stay in the cache, whatever the size of the field.
-_BAND_PX = 1 << 15
+# Of four numbers each: about 20 float64 temporaries of this size stay in a cache, or fill a GPU.
+_BAND_PX = {"cpu": 1 << 16, "cuda": 1 << 21}
 
 # Minimax polynomials of fdlibm (e_log.c, k_sin.c, k_cos.c), highest power first.
 _LOG = (
@@ -101,20 +101,24 @@ def gaussian(
             raise ValueError(f"{name} is {value}: it must be between 1 and {_MASK}; ask for a window that is not empty")
     if not 0 <= step <= _MASK:
         raise ValueError(f"step is {step}: it must be between 0 and {_MASK}; number the steps of the sampler from 0")
-    out = torch.empty((1, channels, height, width), dtype=torch.float32, device=device)
+    groups = -(-channels // 4)
+    out = torch.empty((groups, 4, height, width), dtype=torch.float32, device=device)
     x = (torch.arange(width, dtype=torch.int64, device=device) + x0 % (_MASK + 1)) & _MASK
     y = (torch.arange(height, dtype=torch.int64, device=device) + y0 % (_MASK + 1)) & _MASK
-    # A band and a group of four channels at a time bounds the memory; the values do not know of either.
-    rows = max(1, _BAND_PX // width)
+    numbers = torch.arange(groups, dtype=torch.int64, device=device)[:, None, None]
+    # A band of some groups of four channels at a time bounds the memory; the values do not know of either.
+    most = _BAND_PX.get(out.device.type, 1 << 16)
+    rows = min(height, max(1, most // width))
+    count = max(1, most // (rows * width))
     for top in range(0, height, rows):
         band = y[top : top + rows, None]
-        for first in range(0, channels, 4):
-            group, time = torch.full_like(band, first // 4), torch.full_like(band, step)
-            w0, w1, w2, w3 = _philox_words(x[None, :], band, group, time, key)
-            normals = (*_box_muller(w0, w1), *_box_muller(w2, w3))
-            for channel in range(first, min(first + 4, channels)):
-                out[0, channel, top : top + rows] = normals[channel - first]
-    return out
+        for first in range(0, groups, count):
+            group = numbers[first : first + count]
+            w0, w1, w2, w3 = _philox_words(x, band, group, torch.full_like(group, step), key)
+            part = out[first : first + count, :, top : top + rows]
+            part[:, 0], part[:, 1] = _box_muller(w0, w1)
+            part[:, 2], part[:, 3] = _box_muller(w2, w3)
+    return out.view(1, 4 * groups, height, width)[:, :channels]
 
 
 def _philox_words(
