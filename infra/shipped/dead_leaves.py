@@ -1,6 +1,6 @@
 """Draws images of sharp edges to train with beside photographs: overlapping shapes, strokes and letters.
 
-    python -m infra.shipped.dead_leaves --output FOLDER --count 200
+    python -m infra.shipped.dead_leaves --output FOLDER --count 100
 
 Few photographs hold few edges of few kinds, and a network trained on them alone blurs those of others. Sizes follow the
 law of natural images. Source: Lee, Mumford and Huang 2001 (dead leaves); Achddou et al. 2021
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, FINER = 512, 4  # drawn FINER times as large, then reduced: edges as a lens gives them
+SIDE, FINER = 256, 4  # drawn FINER times as large, then reduced: edges as a lens gives them
 SMALLEST, LARGEST = 3.0, 160.0  # radii in px of the result
-SHAPES = 700
+SHAPES = 250
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789&%?!"
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     """Write --count images below --output; one that is there is left as it is."""
     parser = argparse.ArgumentParser(description="Draw images of sharp edges to train with beside photographs.")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--count", type=int, default=100)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for seed in range(arguments.count):

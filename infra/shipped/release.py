@@ -36,6 +36,7 @@ def main() -> None:
     card = template.get_template("card.md").render(
         name=name,
         real=name.endswith("-real"),
+        drawn=(work / "photos" / "leaves").is_dir(),
         scale=model.config.scale,
         weights=f"{sum(x.numel() for x in model.parameters()) / 1e6:.2f}",
         digest=document["digest"],

@@ -30,6 +30,8 @@ for file in "$photos"/*.jpg; do
   cp -n "$file" "$work/$folder/"
 done
 
+"$python" -m infra.shipped.dead_leaves --output "$work/photos/leaves" --count 100
+
 pairs() { # NAME DEGRADATION
   "$python" jobs/make_pairs.py --source "$work/photos" --output "$work/pairs-$1" --degradation "$2" --patch 128 \
     --crops random --reductions 1,2,3,4 --max-per-image 80 --min-deviation 6 --val-share 0.075 --test-share 0 --engine "$engine"
