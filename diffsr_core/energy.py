@@ -20,8 +20,8 @@ from diffsr_core.distillation import one_step
 from diffsr_core.family import SuperResolver
 from diffsr_core.recipe import StageRecipe
 
-_WINDOWS_PX = (1, 3, 8)
-_NUM_LEVELS = 3
+_WINDOWS_PX = (1, 3, 8, 24)
+_NUM_OCTAVES, _LEAST_PX = 3, 16
 _TINY = 1e-4  # keeps the gradient of a length finite at 0; a hundredth of a level of 255
 
 
@@ -60,22 +60,23 @@ class EnergyScore(nn.Module):
 def distance(difference: Tensor) -> Tensor:
     """Return rho, the mean length of a difference of images (B, C, H, W) over its views.
 
-    A view is a window of 1, 3 or 8 px, all channels, in the difference itself or in one of its three finest octaves:
-    each length is that of a short vector, which a sum over the whole image would drown, and an octave of its own has
-    an amplitude of its own.
+    A view is a window of 1, 3, 8 or 24 px, all channels, in the difference itself or in one of its three finest octaves
+    (windows and octaves that fit into it). Small windows are short vectors, which a sum over the whole image would
+    drown; large ones see where energy lies: without them a model learns to draw texture in blotches. An octave of its
+    own has an amplitude of its own.
     """
-    total, bands = difference.new_zeros(()), [difference]
-    low = difference
-    for _ in range(_NUM_LEVELS):
-        if min(low.shape[2:]) < 2 * max(_WINDOWS_PX):
+    bands, low = [difference], difference
+    for _ in range(_NUM_OCTAVES):
+        if min(low.shape[2:]) < _LEAST_PX:
             break
         smaller = nn.functional.avg_pool2d(low, 2)
         enlarged = nn.functional.interpolate(smaller, scale_factor=2, mode="bilinear", align_corners=False)
         bands.append(low[:, :, : enlarged.shape[2], : enlarged.shape[3]] - enlarged)
         low = smaller
+    lengths = []
     for band in bands:
         power = band.square().sum(dim=1, keepdim=True)
         for side in (side for side in _WINDOWS_PX if side <= min(power.shape[2:])):
             mean = power if side == 1 else nn.functional.avg_pool2d(power, side, stride=max(1, side // 2))
-            total = total + (mean + _TINY**2).sqrt().mean()
-    return total / (len(bands) * len(_WINDOWS_PX))
+            lengths.append((mean + _TINY**2).sqrt().mean())
+    return torch.stack(lengths).mean()

@@ -72,7 +72,7 @@ def doubled(image: Array) -> Array:
 
 
 def distance_by_hand(difference: Tensor) -> float:
-    """The mean of the lengths over windows of 1, 3 and 8 px in the image and in its three finest octaves."""
+    """The mean of the lengths over windows of 1, 3, 8 and 24 px in the image and in its three finest octaves."""
     low = difference.double().numpy()
     octaves = [low]
     while min(low.shape[2:]) >= 16 and len(octaves) < 4:
@@ -84,21 +84,29 @@ def distance_by_hand(difference: Tensor) -> float:
     lengths = [
         np.sqrt(mean_of_windows(np.square(band).sum(axis=1), side) + TINY**2).mean()
         for band in octaves
-        for side in (1, 3, 8)
+        for side in (1, 3, 8, 24)
+        if side <= min(band.shape[2:])
     ]
     return float(np.mean(lengths))
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_octaves"),
-    [((2, 3, 8, 9), 0), ((2, 3, 15, 40), 0), ((1, 1, 16, 16), 1), ((2, 4, 35, 67), 2), ((1, 3, 65, 130), 3)],
+    ("shape", "windows"),
+    [
+        ((2, 3, 2, 9), [1]),
+        ((2, 3, 8, 9), [3]),
+        ((2, 3, 15, 40), [3]),
+        ((1, 1, 16, 16), [3, 3]),
+        ((2, 4, 35, 67), [4, 4, 3]),
+        ((1, 3, 65, 130), [4, 4, 4, 3]),
+    ],
 )
-def test_the_distance_is_the_mean_length_over_its_views(shape: tuple[int, int, int, int], num_octaves: int) -> None:
+def test_the_distance_is_the_mean_length_over_its_views(shape: tuple[int, int, int, int], windows: list[int]) -> None:
     difference = normal(*shape) * 0.2 + 0.1
     assert float(distance(difference)) == pytest.approx(distance_by_hand(difference), rel=1e-5)
     # What is constant is in the image itself alone: no octave holds any of it.
     flat = distance(torch.full(shape, -0.3))
-    expected = (0.3 * math.sqrt(shape[1]) + num_octaves * TINY) / (1 + num_octaves)
+    expected = (windows[0] * 0.3 * math.sqrt(shape[1]) + sum(windows[1:]) * TINY) / sum(windows)
     assert float(flat) == pytest.approx(expected, rel=1e-5)
 
 
