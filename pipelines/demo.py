@@ -1,6 +1,7 @@
 """The whole loop on real photographs in minutes: what `make demo` runs. Each step is a job that you could type.
 
-It begins with the model that ships, and fine-tunes it on the archive. The photographs come with scikit-image. Everything is written below --output; run again, it redoes nothing.
+It begins with the model that ships, and fine-tunes it on the archive. The photographs come with
+scikit-image. Everything is written below --output; run again, it redoes nothing.
 """
 
 import argparse

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--runs", nargs="+", required=True, help="run folders below WORK, in the order of the training")
+    parser.add_argument("--note", default="", help="what the table of stages does not tell")
     arguments = parser.parse_args()
     work, name = arguments.work, arguments.name
     files = load_files(str(work / name / "model"))
@@ -40,6 +41,8 @@ def main() -> None:
         scale=model.config.scale,
         weights=f"{sum(x.numel() for x in model.parameters()) / 1e6:.2f}",
         digest=document["digest"],
+        note=arguments.note,
+        sibling=(PRETRAINED / f"{name}-real").is_dir(),
         stages=[_stage(work / run) for run in arguments.runs],
         scores=[row for key, label in SETS.items() for row in _rows(work / "evaluations" / name / key, label)],
         attribution=(HERE / "attribution.md").read_text().strip(),

@@ -327,16 +327,19 @@ def test_the_five_lines_of_the_readme_give_what_the_server_gives(
     assert [(tmp_path / "large.png").read_bytes()] == server.ask(LR).images
 
 
-def test_the_tool_for_one_image_takes_the_champion_unless_it_is_told_otherwise(
+def test_the_tool_for_one_image_takes_the_model_that_ships_unless_it_is_told_otherwise(
     champion: str, folder: Path, tmp_path: Path, call: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = cli.Job("pipelines.one_image", "ImageConfig", "upscale_image", "image", "image in.jpg out.png")
     monkeypatch.setitem(cli.JOBS, "image", cli.JOBS.get("image", entry))
     words = ["--input", write_png(tmp_path / "in.png", waves(12, 20)), "--tile", "16", "--halo", "4"]
-    by_alias = call("image", *words, "--output", tmp_path / "a.png")
+    by_alias = call("image", *words, "--output", tmp_path / "a.png", "--model", "models:/diffsr@champion")
     by_folder = call("image", *words, "--output", tmp_path / "b.png", "--model", folder)
-    assert (by_alias.code, by_folder.code) == (0, 0) and "diffsr v" in by_alias.stderr
+    shipped = call("image", *words, "--output", tmp_path / "c.png")
+    assert (by_alias.code, by_folder.code, shipped.code) == (0, 0, 0)
+    assert "diffsr v" in by_alias.stderr and "pretrained:diffsr-x4" in shipped.stderr
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "c.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
 def test_the_signature_says_what_goes_in_and_out_and_every_setting_with_its_default(
