@@ -44,7 +44,7 @@ bench: venv
 	  $(BIN)/python -m tests.benchmarks.$$name > build/$$name.md || exit 1; mv build/$$name.md tests/benchmarks/; \
 	done
 
-# On a machine with a GPU, under 8 minutes, no Ray and no network: without a venv it takes PYTHON, which needs torch.
+# On a machine with a GPU, within a budget of 7 minutes, no Ray, no network: without a venv it takes PYTHON (with torch).
 gpu-check:
 	$(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON)) -m tests.benchmarks.gpu_check
 

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from diffsr_core.family import DENOISERS, ENCODERS, ModelConfig, SuperResolver
-from diffsr_core.sampling import SamplingRecipe
+from diffsr_core.sampling import ONE_STEP, SamplingRecipe
 from diffsr_core.schedule import Schedule
 
 FORMAT = 2
@@ -122,7 +122,7 @@ def own_schedule(files: Mapping[str, bytes], config: ModelConfig) -> dict[str, A
     """
     found = schedule_from_files(files)
     if found is None and config.one_step:
-        return {"sampler": "ddim", "grid": "uniform", "num_steps": 1, "start_level": 0.0}
+        return dict(ONE_STEP)
     return found
 
 

@@ -62,8 +62,8 @@ def distance(difference: Tensor) -> Tensor:
 
     A view is a window of 1, 3, 8 or 24 px, all channels, in the difference itself or in one of its three finest octaves
     (windows and octaves that fit into it). Small windows are short vectors, which a sum over the whole image would
-    drown; large ones see where energy lies: without them a model learns to draw texture in blotches. An octave of its
-    own has an amplitude of its own.
+    drown; large ones see where energy lies (with windows of up to 8 px alone a model drew texture in blotches). An
+    octave of its own has an amplitude of its own.
     """
     bands, low = [difference], difference
     for _ in range(_NUM_OCTAVES):

@@ -107,7 +107,7 @@ def gaussian(
     y = (torch.arange(height, dtype=torch.int64, device=device) + y0 % (_MASK + 1)) & _MASK
     numbers = torch.arange(groups, dtype=torch.int64, device=device)[:, None, None]
     # A band of some groups of four channels at a time bounds the memory; the values do not know of either.
-    most = _BAND_PX.get(out.device.type, 1 << 16)
+    most = _BAND_PX["cuda" if out.is_cuda else "cpu"]
     rows = min(height, max(1, most // width))
     count = max(1, most // (rows * width))
     for top in range(0, height, rows):

@@ -54,6 +54,21 @@ def _srdiff_recipe(num_steps: int, *, plateaus: int, batch_size: int) -> Trainin
     )
 
 
+def _anchored_model(encoder: EDSRConfig | RRDBConfig, denoiser: FiLMConfig | SRDiffConfig) -> ModelConfig:
+    """What the encoder's own image leaves is diffused, at LR resolution."""
+    return ModelConfig(
+        encoder=encoder,
+        denoiser=denoiser,
+        schedule=Schedule(name="cosine", num_timesteps=1000),
+        anchor="regression",
+        residual_scale=10.0,
+        residual_clip=False,
+        space_to_depth=encoder.scale,
+        told="noise_level",
+        prediction="x_0",
+    )
+
+
 _PRETRAINING = StageRecipe(name="regression", num_steps=100_000, learning_rate=2e-4, warmup_share=0.0, decay="constant")
 
 
@@ -274,17 +289,7 @@ PRESETS: dict[str, Preset] = {
         note="seed3-32-128's baseline, a plain U-Net; 4,700 steps of 64; no score published",
     ),
     "anchored-x4": Preset(
-        model=ModelConfig(
-            encoder=EDSRConfig(scale=4),
-            denoiser=FiLMConfig(),
-            schedule=Schedule(name="cosine", num_timesteps=1000),
-            anchor="regression",
-            residual_scale=10.0,
-            residual_clip=False,
-            space_to_depth=4,
-            told="noise_level",
-            prediction="x_0",
-        ),
+        model=_anchored_model(EDSRConfig(scale=4), FiLMConfig()),
         recipe=TrainingRecipe(
             stages=(replace(_ANCHORED_STAGE, name="regression"), _ANCHORED_STAGE),
             batch_size=16,
@@ -299,9 +304,9 @@ PRESETS: dict[str, Preset] = {
         "of 16, some hours of a CPU core; no score published: the shipped model is one, its card has its scores",
     ),
     "nano-x4": Preset(
-        model=ModelConfig(
-            encoder=_NANO_ENCODER,
-            denoiser=SRDiffConfig(
+        model=_anchored_model(
+            _NANO_ENCODER,
+            SRDiffConfig(
                 channels=48,
                 hidden=48,
                 multipliers=(1, 2),
@@ -309,13 +314,6 @@ PRESETS: dict[str, Preset] = {
                 condition_scale=1,
                 full_resolution_skip=True,
             ),
-            schedule=Schedule(name="cosine", num_timesteps=1000),
-            anchor="regression",
-            residual_scale=10.0,
-            residual_clip=False,
-            space_to_depth=4,
-            told="noise_level",
-            prediction="x_0",
         ),
         recipe=TrainingRecipe(stages=(replace(_NANO_STAGE, name="regression"), _NANO_STAGE), batch_size=16),
         patch=64,

@@ -1,7 +1,9 @@
 """All that decides the bytes of an output beside the model and the input."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from diffsr_core.consistency import CONSISTENCIES, Consistency
 from diffsr_core.family import ModelConfig
@@ -9,6 +11,12 @@ from diffsr_core.sampler import SAMPLERS, default_grid
 from diffsr_core.schedule import GRIDS, Schedule, Table, sampling_grid
 
 CHOICES = ("first", "mean", "best")
+
+
+# What a model is sampled with that was trained for one step.
+ONE_STEP: Mapping[str, Any] = MappingProxyType(
+    {"sampler": "ddim", "grid": "uniform", "num_steps": 1, "start_level": 0.0}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +107,11 @@ class SamplingRecipe:
             raise ValueError(
                 f"consistency ({self.consistency}) must be off at scale 1, where it would give the input back; use off"
             )
-        asked = (self.sampler, self.num_steps, self.start_level)
-        if config.one_step and config.denoiser is not None and asked != ("ddim", 1, 0.0):
+        asked = {name: getattr(self, name) for name in ONE_STEP if name != "grid"}  # all grids of one step are one
+        if config.one_step and config.denoiser is not None and asked.items() - ONE_STEP.items():
+            told = ", ".join(map(str, asked.values()))
             raise ValueError(
-                f"sampler, num_steps and start_level {asked} must be ddim, 1 and 0: this model was trained to draw in "
+                f"sampler, num_steps and start_level ({told}) must be ddim, 1 and 0: this model was trained to draw in "
                 "one step; leave them out"
             )
         if self.start_level and not config.encoder.regresses:

@@ -14,7 +14,7 @@ def names() -> list[str]:
 def shipped_files(name: str) -> dict[str, bytes]:
     """Return a model's files by name. Raises ValueError, which lists the names, when there is none."""
     if name not in names():
-        known = ", ".join(PREFIX + known for known in names()) or "none is there: install DiffSR again"
+        known = ", ".join(PREFIX + known for known in names())
         raise ValueError(f"model ({PREFIX}{name}) must be one of those that ship; use one of them: {known}")
     return {item.name: item.read_bytes() for item in (_root() / name).iterdir() if item.is_file()}
 

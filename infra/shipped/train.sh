@@ -9,9 +9,10 @@
 #   STEPS=10000        of the regression; the denoiser takes half of them, the variant for real images the same on top
 #   ENGINE=local       or ray, with FLAGS such as "--num-workers 4 --use-gpu"
 #   PRECISION=bf16     float32 where the processor has no bf16
+#   NIQE=FILE          niqe_pris_params.npz, for NIQE in the cards
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ $# = 3 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# = 3 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 photos=$1 tests=$2 work=$3
 python=${PYTHON:-.venv/bin/python}
 steps=${STEPS:-10000} engine=${ENGINE:-local} precision=${PRECISION:-bf16}
@@ -47,7 +48,7 @@ release() { # NAME TITLE RUNS...
     local images=$tests/$set
     [ "$set" = held-out ] && images=$work/held-out
     "$python" jobs/evaluate.py --model "$work/$name/model" --dataset "$images" --output "$work/evaluations/$name/$set" \
-      --engine "$engine" --samples 2 --precision "$precision"
+      --engine "$engine" --samples 2 --precision "$precision" ${NIQE:+--niqe "$NIQE"}
   done
   "$python" -m infra.shipped.release --work "$work" --name "$name" --runs "$@"
 }
@@ -56,10 +57,10 @@ pairs bicubic bicubic
 pairs real "$everyday"
 train regression --preset anchored-x4-regression --pairs "$work/pairs-bicubic" --steps "$steps"
 train diffsr-x4 --preset anchored-x4 --pairs "$work/pairs-bicubic" --init "$work/regression/model" \
-  --one-step --encoder-steps 0 --steps $((steps / 2))
+  --one-step --diversity 0.4 --encoder-steps 0 --steps $((steps / 2))
 release diffsr-x4 regression diffsr-x4
 train regression-real --preset anchored-x4-regression --pairs "$work/pairs-real" --init "$work/regression/model" \
   --steps $((steps / 2)) --learning-rate 2e-3
 train diffsr-x4-real --preset anchored-x4 --pairs "$work/pairs-real" --init "$work/regression-real/model" \
-  --one-step --encoder-steps 0 --steps $((steps / 2))
+  --one-step --diversity 0.4 --encoder-steps 0 --steps $((steps / 2))
 release diffsr-x4-real regression regression-real diffsr-x4-real

@@ -68,6 +68,12 @@ def test_every_flag_reaches_the_recipe_and_the_defaults_are_the_recipes_own(job)
     assert cli.parse(job, [*JOBS[job], *words]).sampling() == wanted
 
 
+@pytest.mark.parametrize("micro_batch", [3, 5, 7])
+def test_an_odd_number_of_tiles_in_a_call_is_refused(micro_batch):
+    with pytest.raises(ValueError, match=rf"micro_batch \({micro_batch}\) must be 1 or even.*use {micro_batch + 1}"):
+        SamplingRecipe(micro_batch=micro_batch)
+
+
 OWN = {"sampler": "dpmpp-2m", "grid": "karras", "num_steps": 5, "start_level": 0.5, "evidence": {"measure": "psnr"}}
 GIVEN = {"sampler": "sr3", "grid": "linear", "steps": 50, "start_level": 0.0}  # the last one is falsy and given
 
