@@ -89,6 +89,7 @@ def save_checkpoint(
     document["digest"] = _digest(document)
     root = storage.join(output, "checkpoints")
     storage.sweep(root)  # a worker killed while it wrote leaves a temporary file as large as the model
+    _sweep_folders(root)
     _remove(root, step)
     _publish(root, step, {**payload, STATE: json.dumps(document, allow_nan=False).encode()})
     _prune(root, step, keep)
@@ -177,6 +178,16 @@ def _remove(root: str, step: int) -> None:
     if storage.is_local(folder):  # object stores have no folders
         with suppress(OSError):
             os.rmdir(folder.removeprefix("file://"))
+
+
+def _sweep_folders(root: str) -> None:
+    """Delete the folders that a worker killed between its last file and its folder has left: no listing names them."""
+    if storage.is_local(root):
+        folder = root.removeprefix("file://")
+        with suppress(FileNotFoundError):
+            for name in filter(str.isdecimal, os.listdir(folder)):
+                with suppress(OSError):  # one with files in it stays
+                    os.rmdir(os.path.join(folder, name))
 
 
 def _first_whole(

@@ -370,6 +370,14 @@ def test_runs_killed_at_any_moment_go_on_from_a_whole_checkpoint(output: Path) -
     assert [name for _, _, names in os.walk(output) for name in names if name.startswith(".tmp-")] == []
 
 
+def test_an_empty_folder_of_a_killed_run_goes_and_what_others_put_there_stays(output: Path) -> None:
+    for name in ("00000069", "00000070", "mine"):
+        (output / "checkpoints" / name).mkdir(parents=True)
+    (output / "checkpoints" / "00000071").write_bytes(b"a file")
+    write(output, 70)
+    assert {path.name for path in (output / "checkpoints").iterdir()} == {"00000070", "00000071", "mine"}
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, EMA, CONFIG, CARD, FURTHER, OPTIMIZER, STATE])
 def test_a_full_disk_passes_through_with_the_others_untouched(
     output: Path, monkeypatch: pytest.MonkeyPatch, name: str
