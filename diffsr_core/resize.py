@@ -16,7 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffsr_core.taps import Border, Kernel, checked_scale, phase_taps, resize_weights, transpose_taps
+from diffsr_core.taps import (
+    Border,
+    Kernel,
+    checked_scale,
+    phase_taps,
+    resize_weights,
+    round_trip_taps,
+    transpose_taps,
+)
 
 Flavour = Literal["A", "B", "C"]
 
@@ -88,6 +96,17 @@ def upscale(x: Tensor, scale: int, *, kernel: Kernel = "bicubic") -> Tensor:
     """
     _check_scale(scale)
     return resize(x, (x.shape[-2] * scale, x.shape[-1] * scale), kernel=kernel)
+
+
+def round_trip(x: Tensor, scale: int, *, kernel: Kernel = "bicubic") -> Tensor:
+    """Return downscale(upscale(x)), (N, C, H, W), within rounding: one pass a dimension, and nothing of the large size.
+
+    Raises ValueError for a scale below 1.
+    """
+    _check_image(x)
+    _check_scale(scale)
+    plans = [_Plan(size, size, kernel, Fraction(scale), round_trip=True) for size in x.shape[2:]]
+    return _separable(x, (plans[0], plans[1]), rows_first=True)
 
 
 def resize_pixels(pixels: NDArray[Any], size: tuple[int, int], *, kernel: Kernel = "bicubic") -> NDArray[np.float64]:
@@ -228,10 +247,17 @@ class _Plan(NamedTuple):
     kernel: Kernel
     scale: Fraction | None = None
     border: Border = "symmetric"
+    round_trip: bool = False  # enlarged by the scale, and reduced again
 
     @property
     def is_identity(self) -> bool:
         return self.in_size == self.out_size and self.scale in (None, 1)
+
+    def taps(self) -> tuple[Tensor, Tensor]:
+        """Return indices and weights, (out_size, K) each."""
+        if self.round_trip and self.scale is not None:
+            return round_trip_taps(self.in_size, int(self.scale), kernel=self.kernel)
+        return resize_weights(self.in_size, self.out_size, kernel=self.kernel, scale=self.scale, border=self.border)
 
 
 def _separable(x: Tensor, plans: tuple[_Plan, _Plan], *, rows_first: bool, transposed: bool = False) -> Tensor:
@@ -288,9 +314,7 @@ def _taps(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Return the taps on a device: K indices (out_size,), K weights (out_size, 1). Kept: a copy stalls the device."""
     with torch.inference_mode(False), torch.no_grad():
-        indices, weights = resize_weights(
-            plan.in_size, plan.out_size, kernel=plan.kernel, scale=plan.scale, border=plan.border
-        )
+        indices, weights = plan.taps()
         if transposed:
             indices, weights = transpose_taps(indices, weights, plan.in_size)
         return (

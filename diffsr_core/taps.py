@@ -113,6 +113,23 @@ def phase_taps(in_size: int, scale: int, *, kernel: Kernel = "bicubic") -> Phase
     return PhaseTaps(gathered, phases, tuple(weights[2].tolist()))
 
 
+def round_trip_taps(size: int, scale: int, *, kernel: Kernel = "bicubic") -> tuple[Tensor, Tensor]:
+    """Return the taps of enlarging size samples by a whole number and reducing them again: as resize_weights gives.
+
+    Outputs away from the border have the same weights, bit for bit, wherever they lie. Raises ValueError as it does.
+    """
+    (far, down), (near, up) = (
+        resize_weights(a, b, kernel=kernel) for a, b in ((size * scale, size), (size, size * scale))
+    )
+    place = torch.arange(size)[:, None]
+    offsets, weights = (near[far] - place[:, :, None]).flatten(1), (down[:, :, None] * up[far]).flatten(1)
+    reach = int(offsets.abs().max())
+    total = torch.zeros(size, 2 * reach + 1, dtype=torch.float64)
+    for offset, weight in zip(offsets.T, weights.T, strict=True):  # one at a time: the order of a scatter is its own
+        total[place[:, 0], offset + reach] += weight
+    return (place + torch.arange(-reach, reach + 1)).clamp(0, size - 1), total
+
+
 def transpose_taps(indices: Tensor, weights: Tensor, in_size: int) -> tuple[Tensor, Tensor]:
     """Return the taps of the transposed matrix, indices and weights (in_size, K'): what each input sample receives.
 

@@ -46,6 +46,35 @@ def test_each_iteration_comes_closer() -> None:
     assert scores[5] > scores[0] + 10
 
 
+def back_projection(sr: torch.Tensor, lr: torch.Tensor, *, iterations: int) -> torch.Tensor:
+    """As published: every iteration is made of the image, and clipped."""
+    x = sr.clamp(-1, 1)
+    for _ in range(iterations):
+        x = (x + upscale(lr - downscale(x, 4), 4)).clamp(-1, 1)
+    return x
+
+
+def off(sr: torch.Tensor, lr: torch.Tensor) -> float:
+    return float((downscale(sr, 4) - lr).square().mean().sqrt())
+
+
+def test_two_iterations_without_clipping_are_back_projections_and_more_come_nearer() -> None:
+    lr = to_model(photographs()[0])[:, :, ::4, ::4] * 0.5
+    sr = noisy_start(lr, 4)
+    for n in (1, 2):
+        assert (project(sr, lr, scale=4, iterations=n) - back_projection(sr, lr, iterations=n)).abs().max() < 1e-6
+    for n in (6, 12):
+        left = off(project(sr, lr, scale=4, iterations=n), lr)
+        assert left < 0.8 * off(back_projection(sr, lr, iterations=n), lr)
+
+
+def test_where_much_is_clipped_it_comes_as_near_as_back_projection() -> None:
+    lr = (to_model(photographs()[0])[:, :, ::4, ::4] - 0.8).clamp(-1, 1)
+    sr = noisy_start(lr, 4)
+    assert (sr < -1).float().mean() > 0.15
+    assert off(project(sr, lr, scale=4, iterations=6), lr) < 1.1 * off(back_projection(sr, lr, iterations=6), lr)
+
+
 def test_a_constant_image_stays() -> None:
     sr, lr = torch.full((1, 3, 32, 32), 0.3), torch.full((1, 3, 8, 8), 0.3)
     assert (project(sr, lr, scale=4, iterations=5) - sr).abs().max() < 1e-6

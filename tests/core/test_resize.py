@@ -22,6 +22,7 @@ from diffsr_core.resize import (
     rescale,
     resize,
     resize_pixels,
+    round_trip,
     upscale,
 )
 from diffsr_core.taps import kernel_value, phase_taps, resize_weights
@@ -262,6 +263,27 @@ def test_the_gradient_is_the_adjoint_bit_for_bit_and_its_gradient_is_resize(dtyp
     assert torch.equal(gradient, adjoint(y, (9, 14))) and gradient.dtype == dtype
     (back,) = torch.autograd.grad(adjoint(y, (9, 14)), y, x)
     assert torch.equal(back, resize(x, (21, 5)))
+
+
+@pytest.mark.parametrize("kernel", ["bicubic", "bilinear", "lanczos3"])
+@pytest.mark.parametrize("scale", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("size", [(1, 2), (5, 9), (24, 17)])
+def test_a_round_trip_is_both_resizes_and_so_is_its_gradient(scale: int, kernel: str, size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    found, expected = (
+        round_trip(x, scale, kernel=kernel),
+        downscale(upscale(x, scale, kernel=kernel), scale, kernel=kernel),
+    )
+    assert (found - expected).abs().max() < 1e-14
+    weights = torch.randn_like(found)
+    gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, expected)]
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-14
+
+
+def test_a_window_of_a_round_trip_has_the_bits_of_the_whole() -> None:
+    x = torch.randn(1, 3, 40, 50)
+    window = round_trip(x[:, :, 7:31, 11:40], 4)
+    assert torch.equal(window[:, :, 4:-4, 4:-4], round_trip(x, 4)[:, :, 11:27, 15:36])
 
 
 def test_the_gradient_does_not_change_with_the_batch() -> None:

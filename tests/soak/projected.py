@@ -1,7 +1,7 @@
 """What the stub network's result must be, computed without our code: bicubic moved onto the LR, in float64.
 
 The stub interpolates and has no weights, so each published pixel is known: MATLAB's bicubic (Keys, a = -0.5, stretched
-when it shrinks), then six steps of iterative back-projection, clipped and rounded. rasterio reads both files.
+when it shrinks), then the projection, clipped and rounded. rasterio reads both files.
 """
 
 import random
