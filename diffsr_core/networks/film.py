@@ -51,8 +51,8 @@ class FiLMBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = torch.relu(torch.addcmul(shift, self.conv1(x), 1 + scale))
-        out: Tensor = x + self.conv2(h)
+        h = torch.addcmul(shift, self.conv1(x), 1 + scale).relu_()
+        out: Tensor = self.conv2(h).add_(x)
         return out
 
 
