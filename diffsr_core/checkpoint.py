@@ -116,14 +116,15 @@ def schedule_from_files(files: Mapping[str, bytes]) -> dict[str, Any] | None:
 
 
 def own_schedule(files: Mapping[str, bytes], config: ModelConfig) -> dict[str, Any] | None:
-    """Return what a model is sampled with unless somebody says otherwise: the fields of SCHEDULE, or None.
+    """Return what a model is sampled with unless somebody says otherwise: fields of a SamplingRecipe, None if as usual.
 
-    That is its sampling.json, or one step for a model that was trained for it. Raises as schedule_from_files.
+    That is its sampling.json, or one step for a model that was trained for it; and its projection if not `exact`.
+    Raises as schedule_from_files.
     """
-    found = schedule_from_files(files)
-    if found is None and config.one_step:
-        return dict(ONE_STEP)
-    return found
+    found = schedule_from_files(files) or (dict(ONE_STEP) if config.one_step else {})
+    if config.consistency != "exact":
+        found["consistency"] = config.consistency
+    return found or None
 
 
 def config_from_json(fields: Mapping[str, Any]) -> ModelConfig:

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from diffsr_core.consistency import Consistency
 from diffsr_core.networks.edsr import EDSR, EDSRConfig
 from diffsr_core.networks.film import FiLMConfig, FiLMNet
 from diffsr_core.networks.interpolation import Interpolation, InterpolationConfig
@@ -58,6 +59,7 @@ class ModelConfig:
 
     told: `step` t, `noise_level` (as its angle, 0 to 1000), or `amplitude` (the level itself, as the public SR3 code).
     one_step: trained to be sampled in one step of ddim from noise, and in no other way.
+    consistency: the projection that the LR of its training allows, unless somebody says otherwise.
     anchor_gain: 255/256 for SRDiff's released weights, whose anchor was made from pixels / 256. Raises ValueError for
     parts that do not fit one another.
     """
@@ -73,12 +75,14 @@ class ModelConfig:
     told: Told = "step"
     prediction: Prediction = "eps"
     one_step: bool = False
+    consistency: Consistency = "exact"
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("anchor", self.anchor, get_args(Anchor)),
             ("told", self.told, get_args(Told)),
             ("prediction", self.prediction, get_args(Prediction)),
+            ("consistency", self.consistency, get_args(Consistency)),
         ):
             if value not in known:
                 raise ValueError(f"{name} ({value!r}) must be one of {', '.join(known)}")

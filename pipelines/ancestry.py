@@ -74,7 +74,7 @@ def _as_parent(config: TrainConfig, parent: ResolvedModel) -> ModelConfig:
     if changed:
         say(f"train: {parent.label} predicts {found.prediction}, and is trained on to predict {prediction}")
     child = replace(found, prediction=prediction)
-    names = [field.name for field in fields(child) if field.name != "one_step"]
+    names = [field.name for field in fields(child) if field.name not in ("one_step", "consistency")]
     others = [name for name in names if getattr(child, name) != getattr(wanted, name)]
     if others:
         say(f"train: {', '.join(others)} as in {parent.label}, not as in the preset")

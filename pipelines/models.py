@@ -179,6 +179,6 @@ def _example(files: Mapping[str, bytes]) -> bytes:
 def _told(document: Mapping[str, Any]) -> list[Any]:
     """Return what makes two stored schedules the same: all but the time, which differs from run to run."""
     evidence = document.get("evidence", {})
-    return [document[name] for name in checkpoint.SCHEDULE] + [
+    return [document.get(name) for name in checkpoint.SCHEDULE] + [
         evidence.get(n) for n in ("model", "data", "measure", "value")
     ]

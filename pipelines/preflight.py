@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from diffsr_core import presets
+from diffsr_core.consistency import Consistency
 from diffsr_core.degradation import Degradation
 from diffsr_core.family import ModelConfig
 from diffsr_core.memory import MemoryPlan
@@ -82,10 +83,24 @@ def _check_recipe(recipe: dict[str, Any], *, model: ModelConfig, preset: str, cr
         remedy = f"use {largest}" if largest >= least else "make other pairs"
         check(crop_px <= patch, "crop", crop_px, f"must be at most the patch of the pairs ({patch})", remedy)
         check(crop_px % stride == 0 and crop_px >= least, "crop", crop_px, rule, remedy)
-    made = "twins" if recipe["lr_source"] else Degradation.parse(recipe["degradation"], scale).name
+    made = _made_by(recipe)
     read = getattr(model.encoder, "kernel", "none")
     if made in ("bicubic", "bilinear") and read in ("bicubic", "bilinear") and made != read:
         say(f"train: the pairs were made by {made}, and {preset} enlarges its condition by {read}")
+
+
+def allowed_consistency(recipe: dict[str, Any]) -> Consistency:
+    """Return the projection that a model of these pairs may trust: only what bicubic made does bicubic give back.
+
+    recipe: the manifest's. At scale 1 there is none: it would give the input back.
+    """
+    if recipe["scale"] == 1:
+        return "off"
+    return "exact" if _made_by(recipe) == "bicubic" else "low-band"
+
+
+def _made_by(recipe: dict[str, Any]) -> str:
+    return "twins" if recipe["lr_source"] else Degradation.parse(recipe["degradation"], recipe["scale"]).name
 
 
 def _check_columns(pairs: str, manifest: Manifest) -> None:

@@ -12,7 +12,8 @@ from pipelines.config import check
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How a sample is drawn. What is left out of sampler, grid, steps and start_level is the model's own, or usual."""
+    """How a sample is drawn. What is left out of sampler, grid, steps, start_level and consistency is the model's own,
+    or usual."""
 
     sampler: str | None = field(default=None, metadata={"group": "sampling"})
     """Solver of the reverse process: ddim, ddpm, sr3, dpmpp-2m, resshift or langevin.
@@ -33,8 +34,11 @@ class SamplingConfig:
     """
     seed: int = 0
     """Noise seed."""
-    consistency: Consistency = "exact"
-    """Projection onto the LR: exact, interval (within its rounding), low-band (tone only: JPEG, noise), off."""
+    consistency: Consistency | None = None
+    """Projection onto the LR: exact, interval (within its rounding), low-band (tone only: JPEG, noise), off.
+
+    Left out: as the model's training allows: exact for a bicubic LR, else low-band.
+    """
     window: int = 512
     """Side in LR pixels of what is made at once of a larger image; bounds the memory."""
     margin: int = 24
@@ -60,12 +64,13 @@ class SamplingConfig:
         self.sampling()
 
     def sampling(self, own: Mapping[str, Any] | None = None) -> SamplingRecipe:
-        """Return the sampling recipe. own: the model's sampling.json; a setting that was given wins over it."""
-        given = {"sampler": self.sampler, "grid": self.grid, "num_steps": self.steps, "start_level": self.start_level}
-        schedule: dict[str, Any] = {name: own[name] for name in SCHEDULE} if own else {}
-        schedule |= {name: value for name, value in given.items() if value is not None}
+        """Return the sampling recipe. own: what the model says itself, checkpoint.own_schedule; a given setting wins."""
+        given = {"sampler": self.sampler, "grid": self.grid, "num_steps": self.steps, "start_level": self.start_level,
+                 "consistency": self.consistency}  # fmt: skip
+        chosen = {name: own[name] for name in (*SCHEDULE, "consistency") if name in own} if own else {}
+        chosen |= {name: value for name, value in given.items() if value is not None}
         return SamplingRecipe(
-            **schedule,
+            **chosen,
             seed=self.seed,
             window=max(self.window, self.tile),
             margin=self.margin,
@@ -74,7 +79,6 @@ class SamplingConfig:
             micro_batch=self.micro_batch,
             num_threads=self.num_threads,
             precision=self.precision,
-            consistency=self.consistency,
         )
 
 

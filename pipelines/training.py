@@ -26,7 +26,7 @@ from pipelines.loop import train_loop
 from pipelines.manifest import Manifest, load_manifest, pinned_uri
 from pipelines.models import MODEL_FILES, publish_files, publish_model, resolve
 from pipelines.perceptual import load_lpips
-from pipelines.preflight import check_pairs
+from pipelines.preflight import allowed_consistency, check_pairs
 from pipelines.reader import PairReader, read_indices
 from pipelines.runs import Summary, TrainingFailed, new_run_id
 from pipelines.training_config import TrainConfig
@@ -52,6 +52,8 @@ def train(config: TrainConfig, *, parent_run: str | None = None, watch: Report |
                 crop_px=recipe.crop_px)  # fmt: skip
     ancestors = {name: resolve(ref) for name in ("init", "teacher") if (ref := getattr(config, name))}
     model = inherited(config, ancestors)
+    if config.steps != 0:
+        model = replace(model, consistency=allowed_consistency(manifest.recipe))
     _check_validation(config, manifest, model)
     digests = {name: found.digest for name, found in ancestors.items()}
     looks = {**asdict(config.validation()), "val_pairs": config.val_pairs}  # of which the best checkpoint is chosen

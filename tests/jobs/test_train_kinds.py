@@ -336,7 +336,7 @@ def test_a_blur_out_of_range_is_a_bad_argument(blur: str, capsys: pytest.Capture
     assert stop.value.code == 2 and f"condition_blur ({blur}) must be from 0 to 10; use 0" in capsys.readouterr().err
 
 
-def test_pairs_of_scale_1_train_a_restoration_that_keeps_the_size_and_the_projection_must_be_off(
+def test_pairs_of_scale_1_train_a_restoration_that_keeps_the_size_and_is_not_projected(
     small_sets: Path, tiny_presets: None, tmp_path: Path, call: Callable[..., Ran]
 ) -> None:
     flags = ["--pairs", small_sets / "noisy", "--preset", "tiny-denoise", "--engine", "local", "--checkpoint-every", 5]
@@ -344,10 +344,10 @@ def test_pairs_of_scale_1_train_a_restoration_that_keeps_the_size_and_the_projec
     assert (done.code, done.summary["done"]) == (0, 5), done.stderr
     write_png(tmp_path / "in" / "a.png", waves(20, 17))
     places = ["--source", tmp_path / "in", "--output", tmp_path / "up", "--model", tmp_path / "run" / "model"]
-    exact = call("upscale", *places, "--engine", "local", *SAMPLING)
+    exact = call("upscale", *places, "--engine", "local", *SAMPLING, "--consistency", "exact")
     assert exact.code == 1 and "consistency (exact) must be off at scale 1" in exact.stderr
     assert "use off" in exact.stderr and not (tmp_path / "up").exists()
-    done = call("upscale", *places, "--engine", "local", *SAMPLING, "--consistency", "off")
+    done = call("upscale", *places, "--engine", "local", *SAMPLING)
     assert (done.code, done.summary["done"], done.summary["dead"]) == (0, 1, 0), done.stderr
     assert Image.open(tmp_path / "up" / "a.png").size == (17, 20)
     wrong = call("train", *flags, "--pairs", small_sets / "colour", "--output", tmp_path / "wrong")

@@ -23,10 +23,11 @@ from diffsr_core.checkpoint import (
 )
 from diffsr_core.family import ModelConfig, SuperResolver
 from diffsr_core.networks.rrdb import RRDBConfig
-from diffsr_core.sampling import SamplingRecipe
+from diffsr_core.sampling import ONE_STEP, SamplingRecipe
 from pipelines import shipped, storage
 from pipelines.models import FOLDER_FILES, MODEL_FILES, load_files, publish_files, publish_model, resolve
 from pipelines.pictures import usual_params
+from pipelines.sampling import SamplingConfig
 from tests.core.tiny import ANCHORED
 
 
@@ -135,6 +136,20 @@ def test_a_config_that_names_other_weights_is_refused(folder):
     (folder / CONFIG).write_bytes(alter((folder / CONFIG).read_bytes(), weights=["config.json"]))
     with pytest.raises(ValueError, match="names the weights"):
         resolve(str(folder))
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+def test_a_model_says_which_projection_its_training_allows_and_a_flag_says_otherwise(one_step):
+    config = replace(ANCHORED, one_step=one_step, consistency="low-band")
+    weights = SuperResolver(config).state_dict()
+    files = model_files(config, weights, weights, preset="tiny", card="")
+    found = own_schedule(files, config)
+    assert found == {"consistency": "low-band"} | (dict(ONE_STEP) if one_step else {})
+    assert SamplingConfig().sampling(found) == replace(SamplingConfig().sampling(), **found)
+    assert SamplingConfig(consistency="interval").sampling(found).consistency == "interval"
+    assert usual_params(files)["consistency"] == "low-band"
+    with pytest.raises(ValueError, match="consistency \\('strict'\\) must be one of"):
+        replace(config, consistency="strict")
 
 
 def test_a_model_of_one_step_is_asked_for_one_step_and_no_other():

@@ -20,7 +20,7 @@ from diffsr_core import presets
 from diffsr_core.memory import MemoryPlan
 from pipelines import preflight as module
 from pipelines.manifest import Manifest, Shard
-from pipelines.preflight import available_memory, check_cpus, check_memory, check_pairs
+from pipelines.preflight import allowed_consistency, available_memory, check_cpus, check_memory, check_pairs
 from pipelines.storage import digest_bytes
 from tests.pipelines.tiny_sets import RECIPE, SCALE, SIDE, make_row, manifest_of, noise, write_shard
 
@@ -450,3 +450,17 @@ def test_a_gpu_that_is_not_there_is_refused_and_one_that_is_there_has_its_whole_
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
     assert available_memory(True) == (139 * GIB, "the GPU (NVIDIA H200)")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "allowed"),
+    [
+        ({"degradation": "bicubic", "lr_source": "", "scale": 4}, "exact"),
+        ({"degradation": "bilinear", "lr_source": "", "scale": 4}, "low-band"),
+        ({"degradation": '{"name": "real"}', "lr_source": "", "scale": 2}, "low-band"),
+        ({"degradation": "bicubic", "lr_source": "s3://twins", "scale": 4}, "low-band"),
+        ({"degradation": "noise", "lr_source": "", "scale": 1}, "off"),
+    ],
+)
+def test_only_what_bicubic_made_may_be_projected_exactly(recipe: dict[str, Any], allowed: str) -> None:
+    assert allowed_consistency(recipe) == allowed

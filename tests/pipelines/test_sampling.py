@@ -103,7 +103,7 @@ def test_the_help_says_whose_value_is_used_when_a_flag_is_left_out(capsys):
     shared = " ".join(printed(capsys, "evaluate", "--help").partition("\nsampling:\n")[2].split())
     for usual in ("else ddim", "else auto", "else 8", "else 0"):
         assert f"{usual}. (default: none)" in shared
-    assert shared.count("Left out: ") == 4
+    assert shared.count("Left out: ") == 5
 
 
 def test_without_a_schedule_of_the_model_no_fingerprint_has_changed():
