@@ -18,7 +18,7 @@ from pipelines.models import load_files
 HERE = Path(__file__).resolve().parent
 PRETRAINED = HERE.parents[1] / "pipelines" / "pretrained"
 SETS = {"set5": "Set5", "bsd100": "BSD100", "held-out": "ten photographs held out"}
-METHODS = {"bicubic": "bicubic", "regression": "its regression alone", "model": "DiffSR, one step"}
+BASELINES = {"bicubic": "bicubic", "regression": "its regression alone"}
 MEASURES = {"psnr_y": 2, "ssim_y": 4, "niqe": 2, "spectral_error": 2, "lr_psnr": 1, "sigma": 2}
 
 
@@ -44,7 +44,7 @@ def main() -> None:
         note=arguments.note,
         sibling=(PRETRAINED / f"{name}-real").is_dir(),
         stages=[_stage(work / run) for run in arguments.runs],
-        scores=[row for key, label in SETS.items() for row in _rows(work / "evaluations" / name / key, label)],
+        scores=[row for key, label in SETS.items() for row in _rows(work / "evaluations" / name / key, label, name)],
         attribution=(HERE / "attribution.md").read_text().strip(),
     )
     released = released_files(files, card=card)
@@ -69,11 +69,15 @@ def _stage(folder: Path) -> dict[str, Any]:
     }
 
 
-def _rows(folder: Path, label: str) -> list[list[str]]:
+def _rows(folder: Path, label: str, name: str) -> list[list[str]]:
+    """Return a set's rows: of a variant for real images, that for clean ones too."""
     metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    methods = {**BASELINES, "model": f"{name}, one step"}
+    if (sibling := name.removesuffix("-real")) != name:
+        methods[sibling] = f"{sibling}, one step"
     return [
         [label, shown, *(_cell(metrics.get(f"{method}_{measure}"), digits) for measure, digits in MEASURES.items())]
-        for method, shown in METHODS.items()
+        for method, shown in methods.items()
     ]
 
 

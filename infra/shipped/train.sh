@@ -42,13 +42,14 @@ train() { # NAME FLAGS...
   "$python" jobs/train.py --output "$work/$name" --crop 96 --precision "$precision" --engine "$engine" \
     --checkpoint-every 500 --log-every 100 --val-pairs 32 "${flags[@]}" "$@"
 }
-release() { # NAME TITLE RUNS...
-  local name=$1; shift
+release() { # NAME RUNS... (NAME-real is scored on what it is for, beside NAME)
+  local name=$1 inputs=(); shift
+  [[ $name = *-real ]] && inputs=(--degradation "$everyday" --against "pipelines/pretrained/${name%-real}")
   for set in set5 bsd100 held-out; do
     local images=$tests/$set
     [ "$set" = held-out ] && images=$work/held-out
     "$python" jobs/evaluate.py --model "$work/$name/model" --dataset "$images" --output "$work/evaluations/$name/$set" \
-      --engine "$engine" --samples 2 --precision "$precision" ${NIQE:+--niqe "$NIQE"}
+      --engine "$engine" --samples 2 --precision "$precision" ${NIQE:+--niqe "$NIQE"} "${inputs[@]}"
   done
   "$python" -m infra.shipped.release --work "$work" --name "$name" --runs "$@"
 }
@@ -57,10 +58,10 @@ pairs bicubic bicubic
 pairs real "$everyday"
 train regression --preset anchored-x4-regression --pairs "$work/pairs-bicubic" --steps "$steps"
 train diffsr-x4 --preset anchored-x4 --pairs "$work/pairs-bicubic" --init "$work/regression/model" \
-  --one-step --diversity 0.4 --encoder-steps 0 --steps $((steps / 2))
+  --one-step --diversity 0.7 --encoder-steps 0 --steps $((steps / 2))
 release diffsr-x4 regression diffsr-x4
 train regression-real --preset anchored-x4-regression --pairs "$work/pairs-real" --init "$work/regression/model" \
   --steps $((steps / 2)) --learning-rate 2e-3
 train diffsr-x4-real --preset anchored-x4 --pairs "$work/pairs-real" --init "$work/regression-real/model" \
-  --one-step --diversity 0.4 --encoder-steps 0 --steps $((steps / 2))
+  --one-step --diversity 0.7 --encoder-steps 0 --steps $((steps / 2))
 release diffsr-x4-real regression regression-real diffsr-x4-real
