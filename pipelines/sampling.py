@@ -64,7 +64,7 @@ class SamplingConfig:
         self.sampling()
 
     def sampling(self, own: Mapping[str, Any] | None = None) -> SamplingRecipe:
-        """Return the sampling recipe. own: what the model says itself, checkpoint.own_schedule; a given setting wins."""
+        """Return the sampling recipe. own: what the model says, checkpoint.own_schedule; a given setting wins."""
         given = {"sampler": self.sampler, "grid": self.grid, "num_steps": self.steps, "start_level": self.start_level,
                  "consistency": self.consistency}  # fmt: skip
         chosen = {name: own[name] for name in (*SCHEDULE, "consistency") if name in own} if own else {}
