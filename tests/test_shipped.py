@@ -95,7 +95,8 @@ def test_a_release_has_the_average_in_half_precision_and_a_card_of_what_was_meas
     assert all(torch.equal(model.state_dict()[name], value.half().float()) for name, value in average.items())
     card = (tmp_path / "pretrained/diffsr-x4" / CARD).read_text()
     assert (
-        "| Set5 | bicubic | 20.25 | – |" in card and "| ten photographs held out | diffsr-x4, one step | 32.50 |" in card
+        "| Set5 | bicubic | 20.25 | – |" in card
+        and "| ten photographs held out | diffsr-x4, one step | 32.50 |" in card
     )
     assert "| one-step (energy score) | 1,000 | 16 | diversity 1 | 0.003 | 1.50 | `aaaaaaaaaaaa` |" in card
     assert all(f"\n## {part}\n" in card for part in ("Data", "Training", "Scores", "Limits", "Attribution"))
