@@ -53,7 +53,7 @@ class PictureRequest:
         self._config()
 
     def _config(self) -> SamplingConfig:
-        # One image at a time: the nightly job's batch of large tiles would compute mostly padding.
+        # One image at a time: the nightly job's batch of tiles would compute mostly padding.
         return SamplingConfig(
             sampler=self.sampler,
             grid=self.grid,
@@ -61,7 +61,6 @@ class PictureRequest:
             start_level=self.start_level,
             seed=self.seed,
             consistency=self.consistency,
-            tile=32,
             micro_batch=1,
         )
 
