@@ -22,8 +22,8 @@ def project(
     It is clip(sr + upscale(u)), u an image of LR size. Every two iterations are a round: x <- clip(sr + upscale(u)),
     u <- u + two steps of r(lr - downscale(x)), then momentum. The second step is made at LR size, where it is the same:
     both resizes are linear. Keeping u, not x, remembers what was clipped away: in dark areas six iterations come
-    within 1 dB of six of x <- clip(x + upscale(r(lr - downscale(x)))), elsewhere nearer, in half of the time. None
-    return the clipped input. A pixel is moved by what lies less than 4 LR px away per iteration (low-band: 10): a
+    within 1.5 dB of six of x <- clip(x + upscale(r(lr - downscale(x)))), elsewhere as near, in 1/2 to 2/3 of the time.
+    None return the clipped input. A pixel is moved by what lies less than 4 LR px away per iteration (low-band: 10): a
     window needs that margin. mode says what r leaves of the residual: `exact` all; `interval` what is beyond half_step,
     the quantisation of lr (1/255 for 8 bits), as an lr that was rounded is no reason to move; `low-band` what a
     Gaussian lets through: tone and colour follow the LR, its noise and its JPEG blocks do not; `off` nothing.

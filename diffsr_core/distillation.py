@@ -28,7 +28,7 @@ from diffsr_core.sampler import last, sample
 from diffsr_core.schedule import sampling_grid
 from diffsr_core.sharding import whole
 
-_OWN = ("denoiser", "told", "prediction", "one_step")  # what a student may have other than its teacher
+_OWN = ("denoiser", "told", "prediction", "one_step", "consistency")  # what a student may have other than its teacher
 
 
 def student_config(teacher: ModelConfig) -> ModelConfig:

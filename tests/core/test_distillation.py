@@ -205,9 +205,10 @@ def test_autocast_gives_the_gradient_of_float32() -> None:
 # --- who fits whom ---
 
 
-def test_only_what_is_told_predicted_and_the_network_itself_may_differ() -> None:
+def test_only_what_is_told_predicted_projected_and_the_network_itself_may_differ() -> None:
     teacher = model_of(SR3)
-    other = replace(SR3, told="step", prediction="v", denoiser=replace(SR3.denoiser, hidden=8))  # type: ignore[type-var]
+    own = replace(SR3.denoiser, hidden=8)  # type: ignore[type-var]
+    other = replace(SR3, told="step", prediction="v", consistency="low-band", denoiser=own)
     hr, lr = pair(SR3)
     student = model_of(other)
     assert bool(Distillation(student, teacher, stage())(hr, lr, LEVEL, noise(student)).isfinite())
