@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from diffsr_core.family import DENOISERS, ENCODERS, ModelConfig, SuperResolver
-from diffsr_core.sampling import ONE_STEP, SamplingRecipe
+from diffsr_core.sampling import SamplingRecipe, one_step_of
 from diffsr_core.schedule import Schedule
 
 FORMAT = 2
@@ -121,7 +121,7 @@ def own_schedule(files: Mapping[str, bytes], config: ModelConfig) -> dict[str, A
     That is its sampling.json, or one step for a model that was trained for it; and its projection if not `exact`.
     Raises as schedule_from_files.
     """
-    found = schedule_from_files(files) or (dict(ONE_STEP) if config.one_step else {})
+    found = schedule_from_files(files) or (one_step_of(config) if config.one_step else {})
     if config.consistency != "exact":
         found["consistency"] = config.consistency
     return found or None

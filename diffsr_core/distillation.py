@@ -28,12 +28,14 @@ from diffsr_core.sampler import last, sample
 from diffsr_core.schedule import sampling_grid
 from diffsr_core.sharding import whole
 
-_OWN = ("denoiser", "told", "prediction", "one_step", "consistency")  # what a student may have other than its teacher
+# What a student may have other than its teacher.
+_OWN = ("denoiser", "told", "prediction", "one_step", "start_level", "consistency")
 
 
 def student_config(teacher: ModelConfig) -> ModelConfig:
     """Return the teacher's settings for one step, x_0 in place of eps: with that it is not stable (see below)."""
-    return replace(teacher, prediction="x_0" if teacher.prediction == "eps" else teacher.prediction, one_step=True)
+    prediction = "x_0" if teacher.prediction == "eps" else teacher.prediction
+    return replace(teacher, prediction=prediction, one_step=True, start_level=None)
 
 
 def one_step(model: SuperResolver, x_T: Tensor, features: Tensor) -> Tensor:

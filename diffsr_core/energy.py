@@ -1,25 +1,28 @@
 """Training a denoiser to draw in one step, by a proper scoring rule: no teacher's trajectory, no discriminator.
 
-f(x_T) is the x_0 that one step makes of noise. Two draws for the same LR are scored against the HR image,
+f(x_t) is the x_0 that one step makes of noise, or of the regression noised to a level a, as a late start begins. Two
+draws for the same LR are scored against the HR image,
 
-    (rho(f(x_T), x_0) + rho(f(x_T'), x_0)) / 2  -  diversity / 2 * rho(f(x_T), f(x_T'))
+    (rho(f(x_t), x_0) + rho(f(x_t'), x_0)) / 2  -  gamma / 2 * rho(f(x_t), f(x_t'))        gamma = diversity * (1 - a^2)
 
-where rho is the mean length of the difference over many small views of the image (see `distance`). With diversity 1
+where rho is the mean length of the difference over many small views of the image (see `distance`). With gamma 1
 this is the energy score: its expectation is least exactly where the draws have, in every view, the law that HR has
-given the LR, so texture is drawn rather than averaged away. Below 1 draws are nearer to the median and less varied: the
-dial between fidelity and texture. At 0 it is a regression.
+given the LR, so texture is drawn rather than averaged away. Below 1 draws are nearer to the median and less varied; at
+0 it is a regression. A model with a start_level is trained at every level: where a sample starts is then the dial from
+texture (0) to fidelity (towards 1), and one model has it all. Without one, all is noise.
 
 Source: Gneiting and Raftery 2007, sec. 4.3 (energy score); De Bortoli et al. 2025, arXiv:2502.02483 (diffusion models
-trained by it, and its weight below 1). The views are ours.
+trained by it, and its weight below 1). The views, and the level as the weight, are ours.
 """
 
 import torch
 from torch import Tensor, nn
 
-from diffsr_core.distillation import one_step
-from diffsr_core.family import SuperResolver
+from diffsr_core.family import SuperResolver, amplitudes, x0_and_eps
 from diffsr_core.recipe import StageRecipe
+from diffsr_core.schedule import sampling_grid
 
+START_LEVEL = 0.7  # half of the diversity: where a sample starts unless somebody says otherwise
 _WINDOWS_PX = (1, 3, 8, 24)
 _NUM_OCTAVES, _LEAST_PX = 3, 16
 _TINY = 1e-4  # keeps the gradient of a length finite at 0; a hundredth of a level of 255
@@ -42,23 +45,31 @@ class EnergyScore(nn.Module):
             parameter.requires_grad_(name.startswith("denoiser."))
 
     def forward(self, hr: Tensor, lr: Tensor, noise_level: Tensor, eps: Tensor) -> Tensor:
-        """Return the loss for hr (B, C, H, W), lr (B, C + E, h, w) and eps (B, 2, *shape of x_0), two x_T of each.
+        """Return the loss for hr (B, C, H, W), lr (B, C + E, h, w), noise_level (B,) and eps (B, 2, *shape of x_0).
 
-        noise_level is not read: one step begins at the noisiest.
+        eps: of two draws each. noise_level is not read where the model has no start_level: it starts at the noisiest.
         """
-        model = self.model
+        model, config = self.model, self.model.config
         model.eval()  # no dropout, and running statistics as they are: what is trained is what will be sampled
+        x_t, diversity = eps, self.stage.diversity * torch.ones_like(noise_level)
         with torch.no_grad():
-            condition = model.condition(lr)
-        features = condition.features.repeat(2, 1, 1, 1)
-        draws = one_step(model, torch.cat(eps.unbind(1)), features).float().chunk(2)
-        images = [model.restore(x_0, condition) for x_0 in draws]
-        fidelity = sum((distance(image - hr) for image in images), start=hr.new_zeros(())) / 2
-        return fidelity - self.stage.diversity / 2 * distance(images[0] - images[1])
+            features, image = model.encoder(lr)
+            condition = model.condition_of(lr, features, image)
+            if config.start_level is None:
+                noise_level = torch.full_like(noise_level, sampling_grid(config.schedule, 1).tolist()[0])
+            else:
+                a, b = amplitudes(noise_level, eps.dtype)
+                x_t = (a * model.target(image, condition))[:, None] + b[:, None] * eps
+                diversity = diversity * b.flatten().square()
+        x_t, levels, features = torch.cat(x_t.unbind(1)), noise_level.repeat(2), condition.features.repeat(2, 1, 1, 1)
+        x_0, _ = x0_and_eps(model.predict(x_t, levels, features), x_t, levels, kind=config.prediction)
+        images = [model.restore(draw, condition) for draw in x_0.float().chunk(2)]
+        fidelity = sum((distance(image - hr) for image in images), start=torch.zeros_like(diversity)) / 2
+        return (fidelity - diversity / 2 * distance(images[0] - images[1])).mean()
 
 
 def distance(difference: Tensor) -> Tensor:
-    """Return rho, the mean length of a difference of images (B, C, H, W) over its views.
+    """Return rho (B,), the mean length of each difference of images (B, C, H, W) over its views.
 
     A view is a window of 1, 3, 8 or 24 px, all channels, in the difference itself or in one of its three finest octaves
     (windows and octaves that fit into it). Small windows are short vectors, which a sum over the whole image would
@@ -78,5 +89,5 @@ def distance(difference: Tensor) -> Tensor:
         power = band.square().sum(dim=1, keepdim=True)
         for side in (side for side in _WINDOWS_PX if side <= min(power.shape[2:])):
             mean = power if side == 1 else nn.functional.avg_pool2d(power, side, stride=max(1, side // 2))
-            lengths.append((mean + _TINY**2).sqrt().mean())
-    return torch.stack(lengths).mean()
+            lengths.append((mean + _TINY**2).sqrt().mean(dim=(1, 2, 3)))
+    return torch.stack(lengths).mean(dim=0)

@@ -58,7 +58,8 @@ class ModelConfig:
     """Everything needed to rebuild a model; written to config.json. denoiser None is the regression twin.
 
     told: `step` t, `noise_level` (as its angle, 0 to 1000), or `amplitude` (the level itself, as the public SR3 code).
-    one_step: trained to be sampled in one step of ddim from noise, and in no other way.
+    one_step: trained to be sampled in one step of ddim, and in no other way: from noise, or with a start_level from any
+    level (see `energy`), and from this one unless somebody says otherwise.
     consistency: the projection that the LR of its training allows, unless somebody says otherwise.
     anchor_gain: 255/256 for SRDiff's released weights, whose anchor was made from pixels / 256. Raises ValueError for
     parts that do not fit one another.
@@ -75,6 +76,7 @@ class ModelConfig:
     told: Told = "step"
     prediction: Prediction = "eps"
     one_step: bool = False
+    start_level: float | None = None
     consistency: Consistency = "exact"
 
     def __post_init__(self) -> None:
@@ -89,8 +91,19 @@ class ModelConfig:
         for name, number in (("anchor_gain", self.anchor_gain), ("residual_scale", self.residual_scale)):
             if not 0 < number < math.inf:
                 raise ValueError(f"{name} ({number}) must be positive and finite; 1 changes nothing")
+        if self.start_level is not None:
+            self._check_start(self.start_level)
         if self.denoiser is not None:
             self._check_fit(self.denoiser)
+
+    def _check_start(self, level: float) -> None:
+        if not 0 <= level < 1:
+            raise ValueError(f"start_level ({level}) must be from 0 to below 1; use 0.7")
+        if not self.one_step or not self.encoder.regresses:
+            raise ValueError(
+                f"start_level ({level}) is of models of one step (one_step is {self.one_step}) whose encoder regresses "
+                f"({self.encoder.kind} does{'' if self.encoder.regresses else ' not'}); leave it out"
+            )
 
     def _check_fit(self, denoiser: DenoiserSettings) -> None:
         encoder = self.encoder

@@ -13,10 +13,13 @@ from diffsr_core.schedule import GRIDS, Schedule, Table, sampling_grid
 CHOICES = ("first", "mean", "best")
 
 
-# What a model is sampled with that was trained for one step.
-ONE_STEP: Mapping[str, Any] = MappingProxyType(
-    {"sampler": "ddim", "grid": "uniform", "num_steps": 1, "start_level": 0.0}
-)
+# What a model is sampled with that was trained for one step; it says itself where that starts.
+ONE_STEP: Mapping[str, Any] = MappingProxyType({"sampler": "ddim", "grid": "uniform", "num_steps": 1})
+
+
+def one_step_of(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of a model that was trained for one step."""
+    return {**ONE_STEP, "start_level": config.start_level or 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +110,24 @@ class SamplingRecipe:
             raise ValueError(
                 f"consistency ({self.consistency}) must be off at scale 1, where it would give the input back; use off"
             )
-        asked = {name: getattr(self, name) for name in ONE_STEP if name != "grid"}  # all grids of one step are one
-        if config.one_step and config.denoiser is not None and asked.items() - ONE_STEP.items():
-            told = ", ".join(map(str, asked.values()))
-            raise ValueError(
-                f"sampler, num_steps and start_level ({told}) must be ddim, 1 and 0: this model was trained to draw in "
-                "one step; leave them out"
-            )
+        if config.one_step and config.denoiser is not None:
+            self._check_one_step(config)
         if self.start_level and not config.encoder.regresses:
             raise ValueError(f"start_level ({self.start_level}) must be 0: the model has no regression to start from")
         if self.num_samples > 1 and config.denoiser is None:
             raise ValueError(f"num_samples ({self.num_samples}) must be 1: the model has no denoiser to draw with")
         if config.denoiser is not None:
             self.grid_of(config.schedule, start=self.start_level)
+
+    def _check_one_step(self, config: ModelConfig) -> None:
+        asked = {name: getattr(self, name) for name in ONE_STEP if name != "grid"}  # all grids of one step are one
+        if asked.items() - ONE_STEP.items():
+            raise ValueError(
+                f"sampler and num_steps ({self.sampler}, {self.num_steps}) must be ddim and 1: this model was trained "
+                "to draw in one step; leave them out"
+            )
+        if self.start_level and config.start_level is None:
+            raise ValueError(
+                f"start_level ({self.start_level}) must be 0: this model was trained to draw from noise alone; leave "
+                "it out"
+            )

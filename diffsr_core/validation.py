@@ -52,9 +52,9 @@ class ValidationRecipe:
     def _sampling(self) -> SamplingRecipe:
         return SamplingRecipe(sampler=self.sampler, grid=self.grid, num_steps=self.num_steps)
 
-    def grid_of(self, schedule: Schedule) -> Table:
+    def grid_of(self, schedule: Schedule, *, start: float = 0.0) -> Table:
         """Return the noise levels of a sample. Raises ValueError, as sampling_grid does."""
-        return self._sampling.grid_of(schedule, start=0.0)
+        return self._sampling.grid_of(schedule, start=start)
 
 
 class Validation(NamedTuple):
@@ -72,7 +72,7 @@ def validation_loss(
 
     diffusion, joint: of eps, at num_levels levels of the schedule, t = (i + 1/2) T / num_levels rounded down. It is one
     number for predictions of eps, x_0 and v, and so compares models of one schedule that diffuse the same x_0.
-    regression: of the encoder's image. distillation, energy: of the image that one DDIM step from noise gives.
+    regression: of the encoder's image. distillation, energy: of the image that one DDIM step gives.
     chunk: pairs that go through the networks at once. Raises ValueError for a stage that this model does not have, or
     no pairs.
     """
@@ -164,7 +164,7 @@ def _images(model: SuperResolver, part: _Part, *, stage: str, recipe: Validation
     if encoder.regresses:
         images["regression"] = part.image
     if stage != "regression":
-        images["sample"] = _sample(model, part, _one_step(recipe) if stage in IN_ONE_STEP else recipe)
+        images["sample"] = (_in_one_step if stage in IN_ONE_STEP else _sample)(model, part, recipe)
     return images
 
 
@@ -190,7 +190,7 @@ def _errors(model: SuperResolver, part: _Part, *, stage: str, recipe: Validation
     if stage == "regression":
         return {"val_loss": _distance(part.image, part.hr)}
     if stage in IN_ONE_STEP:
-        return {"val_loss": _distance(_sample(model, part, _one_step(recipe)), part.hr)}
+        return {"val_loss": _distance(_in_one_step(model, part, recipe), part.hr)}
     return _diffusion_errors(model, part, recipe)
 
 
@@ -214,21 +214,24 @@ def _diffusion_errors(model: SuperResolver, part: _Part, recipe: ValidationRecip
     }
 
 
-def _sample(model: SuperResolver, part: _Part, recipe: ValidationRecipe) -> Tensor:
+def _in_one_step(model: SuperResolver, part: _Part, recipe: ValidationRecipe) -> Tensor:
+    """Return what a model of one step gives from where it starts; of the recipe it has the seed alone."""
+    one = replace(recipe, sampler="ddim", grid="uniform", num_steps=1)
+    return _sample(model, part, one, start_level=model.config.start_level or 0.0)
+
+
+def _sample(model: SuperResolver, part: _Part, recipe: ValidationRecipe, *, start_level: float = 0.0) -> Tensor:
     """Return one sample for each pair, untiled: (B, C, H, W)."""
     shape = torch.Size(model.diffused_shape(part.lr.shape[2], part.lr.shape[3]))
     states = sample(
         model.denoise(part.condition.features),
-        recipe.grid_of(model.config.schedule),
+        recipe.grid_of(model.config.schedule, start=start_level),
         noise=lambda step: _noise(part.names, step, shape, seed=recipe.seed).to(part.lr.device),
         sampler=recipe.sampler,
         clip=model.config.residual_clip,
+        start=model.target(part.image, part.condition) if start_level else None,
     )
     return model.restore(last(states), part.condition)
-
-
-def _one_step(recipe: ValidationRecipe) -> ValidationRecipe:
-    return replace(recipe, sampler="ddim", grid="uniform", num_steps=1)
 
 
 def _noise(names: list[bytes], index: int, shape: torch.Size, *, seed: int) -> Tensor:

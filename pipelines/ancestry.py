@@ -22,7 +22,14 @@ def inherited(config: TrainConfig, ancestors: Mapping[str, ResolvedModel]) -> Mo
     if "teacher" in ancestors:
         return _as_taught(config, ancestors["teacher"])
     model = _as_parent(config, ancestors["init"]) if "init" in ancestors else config.model()
-    return model if config.steps == 0 else replace(model, one_step=config.one_step)
+    return model if config.steps == 0 else replace(model, one_step=config.one_step, start_level=_start(config, model))
+
+
+def _start(config: TrainConfig, model: ModelConfig) -> float | None:
+    """Return where samples start that are trained in one step: as asked, as those of --init, or as usual."""
+    asked = config.model().start_level
+    inherits = asked is not None and config.start_level is None and model.start_level is not None
+    return model.start_level if inherits else asked
 
 
 def _config_of(model: ResolvedModel) -> ModelConfig:
@@ -74,7 +81,7 @@ def _as_parent(config: TrainConfig, parent: ResolvedModel) -> ModelConfig:
     if changed:
         say(f"train: {parent.label} predicts {found.prediction}, and is trained on to predict {prediction}")
     child = replace(found, prediction=prediction)
-    names = [field.name for field in fields(child) if field.name not in ("one_step", "consistency")]
+    names = [field.name for field in fields(child) if field.name not in ("one_step", "start_level", "consistency")]
     others = [name for name in names if getattr(child, name) != getattr(wanted, name)]
     if others:
         say(f"train: {', '.join(others)} as in {parent.label}, not as in the preset")

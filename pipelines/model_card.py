@@ -195,7 +195,18 @@ def _facts(config: ModelConfig) -> dict[str, str]:
         "Anchor": f"{config.anchor}: what is diffused is {diffused}",
         "Prediction": f"{config.prediction}, told {_TOLD[config.told]}",
         "Schedule": f"{config.schedule.name}, {config.schedule.num_timesteps:,} steps",
+        **_one_step(config),
     }
+
+
+def _one_step(config: ModelConfig) -> dict[str, str]:
+    """Return how a model is sampled that was trained for one step."""
+    if not config.one_step:
+        return {}
+    if config.start_level is None:
+        return {"Sampling": "in one step, from noise"}
+    dial = f"unless --start-level says otherwise from {config.start_level:g}"
+    return {"Sampling": f"in one step from any noise level, {dial}: 0 has the most texture, towards 1 the least"}
 
 
 def _network(network: DenoiserSettings) -> str:
@@ -213,7 +224,10 @@ def _stage(stage: StageRecipe) -> tuple[str, str]:
     """Return the stage's name and what it does."""
     weighted = " weighted by min-SNR" if stage.weighting == "min_snr" else ""
     taught = f", from {stage.teacher_steps} steps of the teacher" if stage.name == "distillation" else ""
-    what = f"{stage.num_steps:,} steps, {stage.loss.upper()} loss{weighted}, learning rate {stage.learning_rate:g}"
+    loss = f"{stage.loss.upper()} loss{weighted}"
+    if stage.name == "energy":
+        loss = "energy score" + (f" of diversity {stage.diversity:g}" if stage.diversity != 1 else "")
+    what = f"{stage.num_steps:,} steps, {loss}, learning rate {stage.learning_rate:g}"
     return stage.name, f"{what} ({stage.decay}){taught}"
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from diffsr_core import presets
+from diffsr_core.energy import START_LEVEL
 from diffsr_core.family import ModelConfig
 from diffsr_core.recipe import StageRecipe, TrainingRecipe
 from diffsr_core.validation import ValidationRecipe
@@ -49,7 +50,10 @@ class TrainConfig:
     one_step: bool = False
     """Train the denoiser to draw in one step, by the energy score: from --init, or after the encoder's stage."""
     diversity: float = 1.0
-    """Of these draws: 1 has HR's own variety, 0 none; less is nearer to HR and smoother."""
+    """Of these draws from noise: 1 has HR's own variety, 0 none; less is nearer to HR and smoother."""
+    start_level: float | None = None
+    """Noise level from which they start unless --start-level of a sampling says otherwise: 0 has the most texture,
+    towards 1 it is the regression; all are trained. Left out: as of --init, else 0.7."""
     licence: str | None = None
     """Licence of the weights, for the model card."""
     data_licence: str | None = None
@@ -207,6 +211,8 @@ class TrainConfig:
             check(self.loss is None, "loss", self.loss, "is not the energy score's distance", "leave it out")
             check(self.model().prediction != "eps", "prediction", self.model().prediction,
                   "must be v or x_0, in which one step is stable", "use --prediction x_0")  # fmt: skip
+        check(self.one_step or self.start_level is None, "start_level", self.start_level, "is of --one-step",
+              "give that too")  # fmt: skip
         check(self.one_step or self.diversity == 1.0, "diversity", self.diversity, "is of --one-step", "give that too")
         check(0 <= self.diversity <= 1, "diversity", self.diversity, "must be from 0 to 1", "use 1")
         samples = presets.get(self.preset).model.denoiser is not None and not (self.teacher or self.one_step)
@@ -245,7 +251,8 @@ class TrainConfig:
         """Return the model: the preset's with what was overridden."""
         model = presets.get(self.preset).model
         if self.one_step:
-            model = replace(model, one_step=True)
+            usual = START_LEVEL if model.encoder.regresses else None
+            model = replace(model, one_step=True, start_level=usual if self.start_level is None else self.start_level)
         if self.prediction is None or self.prediction == model.prediction:
             return model
         check(model.denoiser is not None, "prediction", self.prediction, f"is of a denoiser, which {self.preset} has "

@@ -214,6 +214,7 @@ def notes(rows: Sequence[Row], models: Mapping[str, Model]) -> str:
         f"*From the regression at {LATE_LEVEL:g}*: the reverse process starts at that noise level, not at pure noise.",
         "*Sharpened*: the control. The band above the LR's Nyquist of the regression, one gain for the set, by which "
         "it has the student's HF energy (found by bisection, to 0.1 %); then projected as the others are.",
+        *_start_note(models),
         "*ResShift*: its sampler on its grid, with a teacher that was trained on another schedule.",
     ]
     if not any(row.name.startswith("teacher, searched") for row in rows):
@@ -221,6 +222,16 @@ def notes(rows: Sequence[Row], models: Mapping[str, Model]) -> str:
     if "distilled" not in models:
         lines.append("No row of a distilled model: none was given.")
     return "\n".join(["", *(f"* {line}" for line in lines), ""])
+
+
+def _start_note(models: Mapping[str, Model]) -> list[str]:
+    own = models["student"].network.config.start_level
+    if own is None:
+        return []
+    return [
+        "*Student*: one network, which starts from noise (0) for the most texture and towards 1 from its regression; "
+        f"where no level is named, from its own, {own:g}."
+    ]
 
 
 def _command(arguments: argparse.Namespace) -> str:

@@ -25,6 +25,7 @@ from diffsr_core.upscaler import Upscaler
 from tests.benchmarks.few_steps_scores import (
     ANCESTRAL,
     CONTROL,
+    FROM,
     MEAN,
     NUM_SAMPLES,
     REGRESSION,
@@ -39,6 +40,7 @@ from tests.benchmarks.few_steps_scores import (
 )
 
 LATE_LEVEL = 0.5
+STARTS = (0.0, 0.3, 0.5, 0.6, 0.8, 0.9)  # of a student that was trained to be drawn from any
 MEASURED = 1  # raise it when what is measured changes: what was kept before is then measured again
 
 Key = TypeVar("Key")
@@ -126,9 +128,13 @@ def rows_of(models: Mapping[str, Model], teacher: Path) -> list[Row]:
         rows.append(drawn(name, "teacher", found["num_steps"], **own))
     if "distilled" in models:
         rows.append(drawn("distilled (SinSR's loss), 1 step", "distilled", 1))
-    rows.append(drawn(STUDENT, "student", 1))
-    rows.append(drawn(f"{STUDENT}, bf16", "student", 1, precision="bf16"))
-    rows.append(drawn(MEAN, "student", 1, num_samples=NUM_SAMPLES, choice="mean"))
+    own_level = models["student"].network.config.start_level
+    usual = {"start_level": own_level or 0.0}
+    rows.append(drawn(STUDENT, "student", 1, **usual))
+    rows.append(drawn(f"{STUDENT}, bf16", "student", 1, precision="bf16", **usual))
+    rows.append(drawn(MEAN, "student", 1, num_samples=NUM_SAMPLES, choice="mean", **usual))
+    starts = [level for level in STARTS if level != own_level] if own_level is not None else []
+    rows += [drawn(f"{FROM} {level:g}", "student", 1, start_level=level) for level in starts]
     return rows
 
 

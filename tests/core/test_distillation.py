@@ -214,6 +214,7 @@ def test_only_what_is_told_predicted_projected_and_the_network_itself_may_differ
     assert bool(Distillation(student, teacher, stage())(hr, lr, LEVEL, noise(student)).isfinite())
     assert student_config(SR3) == replace(SR3, prediction="x_0", one_step=True)
     assert student_config(ANCHORED) == replace(ANCHORED, one_step=True)
+    assert student_config(replace(ANCHORED, one_step=True, start_level=0.7)).start_level is None
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from diffsr_core.augmentation import Drawn, draw, noise_shape
 from diffsr_core.energy import EnergyScore, distance
 from diffsr_core.family import ModelConfig, SuperResolver
 from diffsr_core.memory import LiveBytes, plan_memory
+from diffsr_core.networks.edsr import EDSRConfig
 from diffsr_core.networks.film import FiLMConfig
 from diffsr_core.networks.interpolation import InterpolationConfig
 from diffsr_core.objectives import objective_of
@@ -32,7 +33,7 @@ from tests.core.tiny import ANCHORED, DIFFUSIONS, ON_SEED3, PLAIN, RRDB_TWIN, SR
 
 Array = npt.NDArray[np.float64]
 
-LEVEL = torch.full((2,), 0.5)  # what an energy score does not read
+LEVEL = torch.full((2,), 0.5)  # not read without a start_level
 TINY = 1e-4
 # One step of an eps-network is refused.
 STABLE = {name: replace(c, prediction="x_0") if c.prediction == "eps" else c for name, c in DIFFUSIONS.items()}
@@ -102,16 +103,17 @@ def distance_by_hand(difference: Tensor) -> float:
     ],
 )
 def test_the_distance_is_the_mean_length_over_its_views(shape: tuple[int, int, int, int], windows: list[int]) -> None:
-    difference = normal(*shape) * 0.2 + 0.1
-    assert float(distance(difference)) == pytest.approx(distance_by_hand(difference), rel=1e-5)
+    difference = normal(*shape) * torch.linspace(0.1, 0.3, shape[0])[:, None, None, None] + 0.1
+    by_hand = [distance_by_hand(image[None]) for image in difference]
+    assert distance(difference).tolist() == pytest.approx(by_hand, rel=1e-5)
     # What is constant is in the image itself alone: no octave holds any of it.
-    flat = distance(torch.full(shape, -0.3))
+    flat = distance(torch.full((1, *shape[1:]), -0.3))
     expected = (windows[0] * 0.3 * math.sqrt(shape[1]) + sum(windows[1:]) * TINY) / sum(windows)
     assert float(flat) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_distance_is_a_seminorm_but_for_the_tiny() -> None:
-    a, b = normal(2, 3, 40, 33, seed=1), normal(2, 3, 40, 33, seed=2)
+    a, b = normal(1, 3, 40, 33, seed=1), normal(1, 3, 40, 33, seed=2)
     assert float(distance(0 * a)) == pytest.approx(TINY, rel=1e-5)
     for factor in (0.1, 0.5, 7.0):
         assert float(distance(factor * a)) == pytest.approx(factor * float(distance(a)), rel=1e-5)
@@ -119,10 +121,10 @@ def test_the_distance_is_a_seminorm_but_for_the_tiny() -> None:
     assert float(distance(a)) + float(distance(b)) > float(distance(a + b)) > 0.5 * float(distance(a))
 
 
-def test_the_distance_is_the_mean_of_those_of_the_images() -> None:
+def test_each_image_has_a_distance_of_its_own() -> None:
     images = normal(3, 3, 32, 24) * torch.tensor([0.1, 1.0, 3.0])[:, None, None, None]
     alone = [float(distance(image[None])) for image in images]
-    assert float(distance(images)) == pytest.approx(sum(alone) / 3, rel=1e-5)
+    assert distance(images).tolist() == pytest.approx(alone, rel=1e-5)
 
 
 def test_the_gradient_of_the_distance_is_finite_at_zero_and_a_direction_elsewhere() -> None:
@@ -146,6 +148,24 @@ def keep(x_T: Tensor, _: int) -> Tensor:
     return x_T
 
 
+@torch.no_grad()
+def score_by_hand(model: SuperResolver, hr: Tensor, lr: Tensor, eps: Tensor, *, start: float, weight: float) -> float:
+    """The score of one image's two samples, as the sampler draws them from a level on."""
+    config = model.config
+    features, image = model.encoder(lr)
+    condition = model.condition_of(lr, features, image)
+    grid = sampling_grid(config.schedule, 1, start=start)
+    late = (image - condition.anchor) * config.residual_scale
+    begin = torch.nn.functional.pixel_unshuffle(late, config.space_to_depth) if start else None
+    images = []
+    for z in eps.unbind(1):
+        (state,) = sample(model.denoise(condition.features), grid, noise=partial(keep, z), clip=False, start=begin)
+        residual = torch.nn.functional.pixel_shuffle(state[0], config.space_to_depth) / config.residual_scale
+        images.append(condition.anchor + residual)
+    fidelity = sum(distance_by_hand(image - hr) for image in images) / 2
+    return fidelity - weight / 2 * distance_by_hand(images[0] - images[1])
+
+
 @pytest.mark.parametrize("diversity", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("config", [PLAIN, ANCHORED, ON_SEED3], ids=["plain", "anchored", "v"])
 @torch.no_grad()
@@ -154,16 +174,32 @@ def test_the_loss_is_that_of_two_samples_in_one_step_of_ddim(config: ModelConfig
     model = model_of(config).eval()
     hr, lr = pair(config, lr_size=(8, 8))
     eps = noises(model, lr)
-    condition = model.condition(lr)
-    grid = sampling_grid(config.schedule, 1)
-    images = []
-    for x_T in eps.unbind(1):
-        (state,) = sample(model.denoise(condition.features), grid, noise=partial(keep, x_T), clip=False)
-        residual = torch.nn.functional.pixel_shuffle(state[0], config.space_to_depth) / config.residual_scale
-        images.append(condition.anchor + residual)
-    fidelity = sum(distance_by_hand(image - hr) for image in images) / 2
-    expected = fidelity - diversity / 2 * distance_by_hand(images[0] - images[1])
+    expected = score_by_hand(model, hr, lr, eps, start=0.0, weight=diversity)
     assert float(EnergyScore(model, stage_of(diversity))(hr, lr, LEVEL, eps)) == pytest.approx(expected, rel=1e-4)
+
+
+LATE = {
+    "plain": replace(PLAIN, one_step=True, start_level=0.7),
+    "v": replace(ON_SEED3, one_step=True, start_level=0.0),
+    # An anchor that is not the regression: a late start is not from zero.
+    "bicubic": replace(SRDIFF, prediction="x_0", one_step=True, start_level=0.3, residual_clip=False),
+}
+
+
+@pytest.mark.parametrize("config", LATE.values(), ids=LATE)
+@torch.no_grad()
+def test_with_a_start_level_each_image_is_drawn_from_its_own_level_by_which_its_diversity_falls(
+    config: ModelConfig,
+) -> None:
+    model = model_of(config).eval()
+    hr, lr = pair(config, lr_size=(8, 8), count=3)
+    eps, levels = noises(model, lr), [0.05, 0.5, 0.9]
+    parts = [
+        score_by_hand(model, hr[i : i + 1], lr[i : i + 1], eps[i : i + 1], start=a, weight=0.8 * (1 - a * a))
+        for i, a in enumerate(levels)
+    ]
+    loss = float(EnergyScore(model, stage_of(0.8))(hr, lr, torch.tensor(levels), eps))
+    assert loss == pytest.approx(sum(parts) / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("config", [PLAIN, SR3], ids=["plain", "sr3"])
@@ -199,7 +235,8 @@ def score_of(law: Callable[[Tensor], Tensor], hr: Tensor, *, diversity: float) -
     model = model_of(FLAT)
     model.denoiser = Law(law)
     eps = normal(len(hr), 2, *hr.shape[1:], seed=7)
-    score: Tensor = EnergyScore(model, stage_of(diversity))(hr, torch.zeros(len(hr), 3, 16, 16), LEVEL, eps)
+    levels = torch.full((len(hr),), 0.5)
+    score: Tensor = EnergyScore(model, stage_of(diversity))(hr, torch.zeros(len(hr), 3, 16, 16), levels, eps)
     return score
 
 
@@ -374,10 +411,10 @@ def textured(step: int) -> tuple[Tensor, Tensor]:
     return lr + SHIFT + rough * normal(4, 3, 16, 16, seed=1000 + step), lr
 
 
-def trained(diversity: float, *, num_steps: int) -> SuperResolver:
+def trained(diversity: float, *, num_steps: int, config: ModelConfig = SMALL) -> SuperResolver:
     stage = StageRecipe(name="energy", num_steps=num_steps, learning_rate=1e-2, diversity=diversity)
     recipe = TrainingRecipe(stages=(stage,), batch_size=4, ema_half_lives_images=(100,), optimizer="adam")
-    trainer = Trainer(new_model(SMALL, seed=0), recipe)
+    trainer = Trainer(new_model(config, seed=0), recipe)
     for step in range(num_steps):
         trainer.train_step(*textured(step))
     trainer.model.load_state_dict(trainer.ema)
@@ -385,12 +422,15 @@ def trained(diversity: float, *, num_steps: int) -> SuperResolver:
 
 
 @torch.no_grad()
-def mean_and_spread(model: SuperResolver, brightness: float) -> tuple[float, float]:
+def mean_and_spread(model: SuperResolver, brightness: float, *, start: float = 0.0) -> tuple[float, float]:
     """The mean of one-step samples for an LR of one brightness, and their deviation over the noise."""
-    condition = model.condition(torch.full((128, 3, 16, 16), brightness))
+    lr = torch.full((128, 3, 16, 16), brightness)
+    features, image = model.encoder(lr)
+    condition = model.condition_of(lr, features, image)
     x_T = normal(128, 3, 16, 16, seed=5)
-    grid = sampling_grid(model.config.schedule, 1)
-    x_0 = last(sample(model.denoise(condition.features), grid, noise=lambda _: x_T, clip=False))
+    grid = sampling_grid(model.config.schedule, 1, start=start)
+    late = model.target(image, condition) if start else None
+    x_0 = last(sample(model.denoise(condition.features), grid, noise=lambda _: x_T, clip=False, start=late))
     images = model.restore(x_0, condition)[:, :, 3:-3, 3:-3]  # the padding of convolutions is seen at the border
     return float(images.mean()), float(images.var(dim=0).mean().sqrt())
 
@@ -402,6 +442,26 @@ def test_draws_have_the_texture_of_hr_by_what_the_lr_says_of_it_and_a_regression
             assert mean_and_spread(model, brightness)[0] == pytest.approx(brightness + SHIFT, abs=0.15 * roughness)
         assert mean_and_spread(drawing, brightness)[1] == pytest.approx(roughness, rel=0.15)
         assert mean_and_spread(regression, brightness)[1] < 0.1 * roughness
+
+
+DIAL = replace(
+    SMALL,
+    encoder=EDSRConfig(scale=1, num_features=4, num_blocks=1),
+    denoiser=FiLMConfig(channels=3, condition_channels=4, hidden=16, num_blocks=1),
+    anchor="regression",
+    one_step=True,
+    start_level=0.7,
+)
+
+
+def test_where_a_sample_starts_is_a_dial_from_the_texture_of_hr_to_none() -> None:
+    model = trained(1.0, num_steps=400, config=DIAL)
+    for brightness, roughness in ROUGHNESS.items():
+        for start in (0.0, 0.5, 0.7, 0.9):
+            gamma = 1 - start * start
+            mean, spread = mean_and_spread(model, brightness, start=start)
+            assert mean == pytest.approx(brightness + SHIFT, abs=0.15 * roughness)
+            assert spread == pytest.approx(roughness * gamma / math.sqrt(2 - gamma**2), abs=0.15 * roughness)
 
 
 # --- beside the training ---

@@ -17,8 +17,8 @@ from pipelines.measures import Meter, MeterSettings
 from tests.benchmarks import few_steps
 from tests.benchmarks import few_steps_scores as scores
 from tests.benchmarks.few_steps import measured
-from tests.benchmarks.few_steps_rows import Cache, Model, drawing, key_of, load_models, read_pairs, rows_of
-from tests.benchmarks.few_steps_scores import ANCESTRAL, CONTROL, MEAN, REGRESSION, STUDENT, Pixels, Scores
+from tests.benchmarks.few_steps_rows import STARTS, Cache, Model, drawing, key_of, load_models, read_pairs, rows_of
+from tests.benchmarks.few_steps_scores import ANCESTRAL, CONTROL, FROM, MEAN, REGRESSION, STUDENT, Pixels, Scores
 from tests.core import tiny
 
 
@@ -160,6 +160,17 @@ def test_a_number_on_one_set_is_enough_to_say_no(
     assert [index for index, holds in enumerate(found) if not holds] == refuted
 
 
+def test_each_level_that_a_student_was_started_from_is_judged_and_one_with_texture_is_enough() -> None:
+    sets = good()
+    for found in sets.values():
+        found[f"{FROM} 0"] = Scores(1, [{**image, "niqe": 9.0} for image in found[STUDENT].images])
+        for row in (STUDENT, CONTROL):
+            found[row] = Scores(found[row].calls, [{**image, "energy": 0.8} for image in found[row].images])
+    assert judged(sets) == [True, True, False, True, True, True]
+    textured = scores.verdicts(sets, {STUDENT: {"float32": 0.2}})[4]
+    assert f"*{STUDENT}* 0.800 at 29.50 dB, *{FROM} 0* 0.950 at 29.50 dB" in textured.evidence
+
+
 def test_too_many_calls_too_slow_and_too_smooth_are_no() -> None:
     sets = good()
     sets["Set5"][MEAN] = sets["Set5"][MEAN]._replace(calls=5)
@@ -256,6 +267,16 @@ def test_every_kind_of_row_draws_what_it_says_onto_the_lr(tmp_path: Path) -> Non
     draw = drawing(rows[STUDENT], models, tile=8, num_threads=1)
     mean = np.stack([draw(lr, k) for k in range(4, 8)]).astype(float).mean(axis=0)
     assert np.abs(drawing(rows[MEAN], models, tile=8, num_threads=1)(lr, 1) - mean).max() <= 0.5
+
+
+def test_a_student_of_any_level_is_drawn_from_its_own_and_from_others(tmp_path: Path) -> None:
+    models = {
+        "student": Model(tiny.model_of(replace(tiny.ANCHORED, one_step=True, start_level=0.6)), "s"),
+        "teacher": Model(tiny.model_of(tiny.ANCHORED), "t"),
+    }
+    rows = {row.name: row.recipe.start_level for row in rows_of(models, tmp_path) if row.source == "student"}
+    own = {STUDENT: 0.6, f"{STUDENT}, bf16": 0.6, MEAN: 0.6}
+    assert rows == own | {f"{FROM} {level:g}": level for level in STARTS if level != 0.6} and len(rows) > 5
 
 
 def searched(path: Path, *, model: str) -> Path:

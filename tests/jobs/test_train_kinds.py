@@ -228,7 +228,8 @@ def test_one_step_makes_the_diffusion_an_energy_stage_and_leaves_the_rest_of_the
     assert (last.name, last.diversity) == ("energy", 0.6)
     assert (*first, replace(last, name="diffusion", diversity=1.0)) == usual.recipe().stages
     assert replace(config.recipe(), stages=usual.recipe().stages) == usual.recipe()
-    assert config.model() == replace(usual.model(), one_step=True) and not usual.model().one_step
+    start = 0.7 if usual.model().encoder.regresses else None
+    assert config.model() == replace(usual.model(), one_step=True, start_level=start) and not usual.model().one_step
     assert config.validation() == replace(usual.validation(), num_steps=1)
 
 
@@ -243,6 +244,12 @@ def test_one_step_fits_a_preset_that_predicts_noise_by_another_prediction_and_ma
     ("fields", "message"),
     [
         ({"diversity": 0.5}, r"diversity \(0.5\) is of --one-step; give that too"),
+        ({"start_level": 0.5}, r"start_level \(0.5\) is of --one-step; give that too"),
+        ({"one_step": True, "start_level": 1.0}, r"start_level \(1.0\) must be from 0 to below 1; use 0.7"),
+        (
+            {"one_step": True, "start_level": 0.5, "preset": "sr3-16-128", "prediction": "x_0"},
+            r"start_level \(0.5\) is of models of one step .* whose encoder regresses \(interpolation does not\)",
+        ),
         ({"one_step": True, "diversity": 1.5}, r"diversity \(1.5\) must be from 0 to 1; use 1"),
         ({"one_step": True, "diversity": -0.1}, r"diversity \(-0.1\) must be from 0 to 1; use 1"),
         ({"one_step": True, "diversity": float("nan")}, r"diversity \(nan\) must be from 0 to 1; use 1"),
@@ -277,7 +284,7 @@ def test_an_optimizer_replaces_that_of_the_preset_and_nothing_else() -> None:
 def test_a_model_that_draws_in_one_step_is_trained_by_muon_after_its_encoder_and_is_scored_in_one_step(
     small_sets: Path, tiny_presets: None, tmp_path: Path, call: Callable[..., Ran]
 ) -> None:
-    flags = ["--one-step", "--diversity", 0.5, "--optimizer", "muon"]
+    flags = ["--one-step", "--diversity", 0.5, "--start-level", 0.4, "--optimizer", "muon"]
     done = call("train", *two_stages(small_sets, tmp_path / "run", *flags))
     assert (done.code, done.summary["done"]) == (0, 5), done.stderr
     assert "2 steps of regression, then 3 steps of energy" in done.stderr
@@ -287,10 +294,10 @@ def test_a_model_that_draws_in_one_step_is_trained_by_muon_after_its_encoder_and
     moved = {name.split(".")[0] for name in before if before[name] != after[name]}
     assert moved == {"denoiser"}
     model = checkpoint.load_model(tmp_path / "run" / "model")[0]
-    assert model.config == replace(MODELS["anchored"], one_step=True)
+    assert model.config == replace(MODELS["anchored"], one_step=True, start_level=0.4)
     again = call("train", *two_stages(small_sets, tmp_path / "run", *flags))
     assert (again.code, again.summary["done"]) == (0, 0), again.stderr
-    for other in (["--one-step", "--optimizer", "muon"], ["--one-step", "--diversity", 0.5]):
+    for other in ([*flags, "--diversity", 0.6], [*flags, "--start-level", 0.5], [*flags, "--optimizer", "adam"]):
         refused = call("train", *two_stages(small_sets, tmp_path / "run", *other))
         assert refused.code == 1 and "another --output" in refused.stderr
 

@@ -294,3 +294,14 @@ def test_the_models_digest_covers_no_card() -> None:
     ]
     assert made[0]["README.md"] != made[1]["README.md"]
     assert json.loads(made[0][CONFIG])["digest"] == json.loads(made[1][CONFIG])["digest"]
+
+
+def test_a_model_of_one_step_says_where_it_starts_and_by_what_it_was_trained() -> None:
+    config = replace(presets.get("anchored-x4").model, one_step=True)
+    known = presets.get("anchored-x4").recipe
+    recipe = replace(known, stages=(replace(known.stages[-1], name="energy", diversity=0.8),))
+    text = card("anchored-x4", config=replace(config, start_level=0.7), recipe=recipe)
+    assert "in one step from any noise level, unless --start-level says otherwise from 0.7: 0 has the most" in text
+    assert "energy score of diversity 0.8, learning rate" in text and "L1 loss" not in text
+    assert "**Sampling:** in one step, from noise\n" in card("anchored-x4", config=config, recipe=recipe)
+    assert "**Sampling:**" not in card("anchored-x4")

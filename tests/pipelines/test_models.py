@@ -144,7 +144,7 @@ def test_a_model_says_which_projection_its_training_allows_and_a_flag_says_other
     weights = SuperResolver(config).state_dict()
     files = model_files(config, weights, weights, preset="tiny", card="")
     found = own_schedule(files, config)
-    assert found == {"consistency": "low-band"} | (dict(ONE_STEP) if one_step else {})
+    assert found == {"consistency": "low-band"} | ({**ONE_STEP, "start_level": 0.0} if one_step else {})
     assert SamplingConfig().sampling(found) == replace(SamplingConfig().sampling(), **found)
     assert SamplingConfig(consistency="interval").sampling(found).consistency == "interval"
     assert usual_params(files)["consistency"] == "low-band"
@@ -159,10 +159,28 @@ def test_a_model_of_one_step_is_asked_for_one_step_and_no_other():
     assert own_schedule(files, config) == {"sampler": "ddim", "grid": "uniform", "num_steps": 1, "start_level": 0.0}
     assert own_schedule(files, ANCHORED) is None
     assert usual_params(files)["steps"] == 1
-    for asked in ({"num_steps": 8}, {"num_steps": 1, "sampler": "sr3"}, {"num_steps": 1, "start_level": 0.5}):
+    for asked in ({"num_steps": 8}, {"num_steps": 1, "sampler": "sr3"}):
         with pytest.raises(ValueError, match="trained to draw in one step"):
             SamplingRecipe(**asked).check_fits(config)
+    with pytest.raises(ValueError, match="start_level \\(0.5\\) must be 0: this model was trained to draw from noise"):
+        SamplingRecipe(num_steps=1, start_level=0.5).check_fits(config)
     SamplingRecipe(num_steps=1).check_fits(config)
+
+
+def test_a_model_that_draws_from_any_level_is_drawn_from_its_own_unless_a_flag_says_otherwise():
+    config = replace(ANCHORED, one_step=True, start_level=0.6)
+    weights = SuperResolver(config).state_dict()
+    files = model_files(config, weights, weights, preset="tiny", card="")
+    own = own_schedule(files, config)
+    assert own == {"sampler": "ddim", "grid": "uniform", "num_steps": 1, "start_level": 0.6}
+    assert usual_params(files)["start_level"] == 0.6
+    for flag, level in ((None, 0.6), (0.0, 0.0), (0.9, 0.9)):
+        recipe = SamplingConfig(start_level=flag).sampling(own)
+        assert recipe.start_level == level
+        recipe.check_fits(config)
+    for wrong in ({"start_level": 1.0}, {"start_level": -0.1}, {"one_step": False}):
+        with pytest.raises(ValueError, match="start_level \\(.*\\) (must be from 0 to below 1|is of models of one)"):
+            replace(config, **wrong)
 
 
 def test_a_model_is_published_once_with_its_config_last(folder, files, tmp_path, monkeypatch):
