@@ -163,7 +163,8 @@ def verdicts(
     started = [row for row in sets[energy_of] if row.startswith(FROM)]
     fewer = [_few_calls(sets, row) for row in (STUDENT, MEAN, *started)]
     drawn = {row: sets[energy_of][row] for row in (STUDENT, *started)}
-    return [*fewer, _fast(seconds), _textured(drawn, energy_of), _beats_gain(sets)]
+    textured = _textured(drawn, energy_of, sets[energy_of][REGRESSION])
+    return [*fewer, _fast(seconds), textured, _beats_gain(sets)]
 
 
 def _few_calls(sets: Mapping[str, Mapping[str, Scores]], row: str) -> Verdict:
@@ -193,11 +194,23 @@ def _fast(seconds: Mapping[str, Mapping[str, float]]) -> Verdict:
     return Verdict(claim, found[best] <= MOST_SECONDS, f"*{STUDENT}*: {cells}")
 
 
-def _textured(drawn: Mapping[str, Scores], name: str) -> Verdict:
+def independent_psnr(regression: Scores, energy: float) -> float:
+    """Return the PSNR-Y in dB at which draws about a mean have this share of HR's energy, above the mean's own share.
+
+    HR is the mean and a residual; a draw is the mean and s times another residual of that law. Its share of the energy
+    is e + s^2 (1 - e), e of the mean, and its squared error that of the mean times 1 + s^2.
+    """
+    own = regression.mean("texture")
+    return regression.mean("psnr_y") - 10 * math.log10(1 + (energy - own) / (1 - own))
+
+
+def _textured(drawn: Mapping[str, Scores], name: str, regression: Scores) -> Verdict:
     claim = f"It has {LEAST_ENERGY} of HR's high-frequency energy or more at {LEAST_PSNR:g} dB of PSNR-Y or more"
     found = {row: (scores.mean("texture"), scores.mean("psnr_y")) for row, scores in drawn.items()}
     holds = any(energy >= LEAST_ENERGY and quality >= LEAST_PSNR for energy, quality in found.values())
     cells = [f"*{row}* {energy:.3f} at {quality:.2f} dB" for row, (energy, quality) in found.items()]
+    bound = independent_psnr(regression, LEAST_ENERGY)
+    cells.append(f"independent draws about this regression would have it at {bound:.2f} dB")
     return Verdict(claim, holds, f"{name}: {', '.join(cells)}")
 
 

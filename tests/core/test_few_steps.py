@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from diffsr_core.checkpoint import model_files, save_files, schedule_json
@@ -112,7 +113,9 @@ def good() -> dict[str, dict[str, Scores]]:
     student = {"niqe": 4.0, "spectral_error": 1.0, "psnr_y": 29.5, "sigma": 5.0, "energy": 0.95, "hr_energy": 1.0}
     teacher = {**student, "niqe": 4.5, "spectral_error": 1.5, "psnr_y": 28.0}
     control = {**student, "niqe": 5.0, "spectral_error": 2.0, "sigma": 0.0}
+    regression = {**control, "psnr_y": 31.0, "energy": 0.5}
     rows = {ANCESTRAL: (100, teacher), STUDENT: (1, student), MEAN: (4, student), CONTROL: (0, control)}
+    rows[REGRESSION] = (0, regression)
     return {
         name: {row: Scores(calls, [dict(image), dict(image)]) for row, (calls, image) in rows.items()}
         for name in ("Set5", "BSD100")
@@ -169,6 +172,20 @@ def test_each_level_that_a_student_was_started_from_is_judged_and_one_with_textu
     assert judged(sets) == [True, True, False, True, True, True]
     textured = scores.verdicts(sets, {STUDENT: {"float32": 0.2}})[4]
     assert f"*{STUDENT}* 0.800 at 29.50 dB, *{FROM} 0* 0.950 at 29.50 dB" in textured.evidence
+
+
+def test_what_independent_draws_could_reach_is_that_of_real_ones() -> None:
+    rng = np.random.default_rng(0)
+    mean, residual, other = 2 * rng.standard_normal(200_000), *rng.standard_normal((2, 200_000))
+    hr, s = mean + residual, 0.6
+    draw = mean + s * other
+
+    def db(image: NDArray[np.float64]) -> float:
+        return float(-10 * np.log10(np.square(image - hr).mean()))
+
+    share = np.square(draw).mean() / np.square(hr).mean()
+    own = {"energy": np.square(mean).mean(), "hr_energy": np.square(hr).mean(), "psnr_y": db(mean)}
+    assert scores.independent_psnr(Scores(0, [own]), share) == pytest.approx(db(draw), abs=0.03)
 
 
 def test_too_many_calls_too_slow_and_too_smooth_are_no() -> None:
