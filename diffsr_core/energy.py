@@ -22,7 +22,6 @@ from diffsr_core.family import SuperResolver, amplitudes, x0_and_eps
 from diffsr_core.recipe import StageRecipe
 from diffsr_core.schedule import sampling_grid
 
-START_LEVEL = 0.7  # half of the diversity: where a sample starts unless somebody says otherwise
 _WINDOWS_PX = (1, 3, 8, 24)
 _NUM_OCTAVES, _LEAST_PX = 3, 16
 _TINY = 1e-4  # keeps the gradient of a length finite at 0; a hundredth of a level of 255
@@ -38,7 +37,9 @@ class EnergyScore(nn.Module):
         if model.config.prediction == "eps":
             raise ValueError("prediction (eps) must be v or x_0, in which one step is stable; use x_0")
         if stage.weighting != "none":
-            raise ValueError(f"weighting ({stage.weighting}) must be none in one step, which has one noise level")
+            raise ValueError(
+                f"weighting ({stage.weighting}) must be none in one step, whose score has its own weight by level"
+            )
         self.model = model
         self.stage = stage
         for name, parameter in model.named_parameters():
@@ -62,7 +63,7 @@ class EnergyScore(nn.Module):
                 x_t = (a * model.target(image, condition))[:, None] + b[:, None] * eps
                 diversity = diversity * b.flatten().square()
         x_t, levels, features = torch.cat(x_t.unbind(1)), noise_level.repeat(2), condition.features.repeat(2, 1, 1, 1)
-        x_0, _ = x0_and_eps(model.predict(x_t, levels, features), x_t, levels, kind=config.prediction)
+        x_0 = x0_and_eps(model.predict(x_t, levels, features), x_t, levels, kind=config.prediction)[0]
         images = [model.restore(draw, condition) for draw in x_0.float().chunk(2)]
         fidelity = sum((distance(image - hr) for image in images), start=torch.zeros_like(diversity)) / 2
         return (fidelity - diversity / 2 * distance(images[0] - images[1])).mean()

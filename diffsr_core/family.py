@@ -28,7 +28,7 @@ from diffsr_core.networks.sr3 import SR3Config, SR3UNet
 from diffsr_core.networks.srdiff import SRDiffConfig, SRDiffUNet
 from diffsr_core.resize import upscale
 from diffsr_core.sampler import Denoise
-from diffsr_core.schedule import Schedule, step_of_noise_level
+from diffsr_core.schedule import Schedule, sampling_grid, step_of_noise_level
 
 # By the `kind` that config.json names.
 ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
@@ -51,6 +51,8 @@ DenoiserSettings = SRDiffConfig | SR3Config | Seed3Config | FiLMConfig
 Anchor = Literal["zero", "bicubic", "regression"]
 Told = Literal["noise_level", "amplitude", "step"]
 Prediction = Literal["eps", "x_0", "v"]
+
+START_LEVEL = 0.7  # of samples in one step, unless somebody says otherwise: half of the weight that variety has at 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +99,17 @@ class ModelConfig:
             self._check_fit(self.denoiser)
 
     def _check_start(self, level: float) -> None:
-        if not 0 <= level < 1:
-            raise ValueError(f"start_level ({level}) must be from 0 to below 1; use 0.7")
         if not self.one_step or not self.encoder.regresses:
             raise ValueError(
                 f"start_level ({level}) is of models of one step (one_step is {self.one_step}) whose encoder regresses "
                 f"({self.encoder.kind} does{'' if self.encoder.regresses else ' not'}); leave it out"
             )
+        try:
+            sampling_grid(self.schedule, 1, start=level)
+        except ValueError as error:
+            raise ValueError(
+                f"start_level ({level}) must be a level of the schedule; use {START_LEVEL}: {error}"
+            ) from None
 
     def _check_fit(self, denoiser: DenoiserSettings) -> None:
         encoder = self.encoder

@@ -120,7 +120,7 @@ class SamplingRecipe:
             self.grid_of(config.schedule, start=self.start_level)
 
     def _check_one_step(self, config: ModelConfig) -> None:
-        asked = {name: getattr(self, name) for name in ONE_STEP if name != "grid"}  # all grids of one step are one
+        asked = {name: getattr(self, name) for name in ONE_STEP if name != "grid"}  # its grid is one level
         if asked.items() - ONE_STEP.items():
             raise ValueError(
                 f"sampler and num_steps ({self.sampler}, {self.num_steps}) must be ddim and 1: this model was trained "

@@ -22,7 +22,7 @@ from diffsr_core.pixels import Pixels, to_model_range, to_pixels
 from diffsr_core.recipe import IN_ONE_STEP, StageName
 from diffsr_core.resize import upscale
 from diffsr_core.sampler import last, sample
-from diffsr_core.sampling import SamplingRecipe
+from diffsr_core.sampling import ONE_STEP, SamplingRecipe
 from diffsr_core.schedule import Schedule, Table
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # sr, hr (B, 3, H, W) in [-1, 1] -> distance (B,)
@@ -216,8 +216,7 @@ def _diffusion_errors(model: SuperResolver, part: _Part, recipe: ValidationRecip
 
 def _in_one_step(model: SuperResolver, part: _Part, recipe: ValidationRecipe) -> Tensor:
     """Return what a model of one step gives from where it starts; of the recipe it has the seed alone."""
-    one = replace(recipe, sampler="ddim", grid="uniform", num_steps=1)
-    return _sample(model, part, one, start_level=model.config.start_level or 0.0)
+    return _sample(model, part, replace(recipe, **ONE_STEP), start_level=model.config.start_level or 0.0)
 
 
 def _sample(model: SuperResolver, part: _Part, recipe: ValidationRecipe, *, start_level: float = 0.0) -> Tensor:

@@ -22,14 +22,24 @@ def inherited(config: TrainConfig, ancestors: Mapping[str, ResolvedModel]) -> Mo
     if "teacher" in ancestors:
         return _as_taught(config, ancestors["teacher"])
     model = _as_parent(config, ancestors["init"]) if "init" in ancestors else config.model()
-    return model if config.steps == 0 else replace(model, one_step=config.one_step, start_level=_start(config, model))
+    if config.steps == 0:
+        return model if config.start_level is None else _moved(model, config.start_level)
+    start = config.model().start_level
+    if config.start_level is None and None not in (start, model.start_level):
+        start = model.start_level
+    if config.init and config.one_step and model.one_step and start != model.start_level:
+        say(f"train: samples start from {start or 0:g}, those of --init from {model.start_level or 0:g}")
+    return replace(model, one_step=config.one_step, start_level=start)
 
 
-def _start(config: TrainConfig, model: ModelConfig) -> float | None:
-    """Return where samples start that are trained in one step: as asked, as those of --init, or as usual."""
-    asked = config.model().start_level
-    inherits = asked is not None and config.start_level is None and model.start_level is not None
-    return model.start_level if inherits else asked
+def _moved(model: ModelConfig, level: float) -> ModelConfig:
+    """Return a model whose samples start from another level. Raises ValueError where they start from noise alone."""
+    if model.start_level is None and level:
+        raise ValueError(
+            f"start_level ({level}) must be 0: the model of --init was trained to draw from noise alone; train it on "
+            "with --steps 1 or more"
+        )
+    return model if model.start_level is None else replace(model, start_level=level)
 
 
 def _config_of(model: ResolvedModel) -> ModelConfig:
@@ -49,6 +59,8 @@ def _as_taught(config: TrainConfig, teacher: ResolvedModel) -> ModelConfig:
     found = _config_of(teacher)
     if found.denoiser is None:
         raise ValueError(f"teacher ({teacher.label}) must have a denoiser, it is a regression; give a diffusion model")
+    if found.one_step:
+        raise ValueError(f"teacher ({teacher.label}) draws in one step already; give a diffusion model, or use --init")
     _check_network("teacher", config, teacher)
     student = student_config(found)
     student = replace(student, prediction=config.prediction) if config.prediction else student

@@ -56,6 +56,17 @@ class Curve:
     chosen: int
     data: str = ""
 
+    @property
+    def is_dial(self) -> bool:
+        """Whether the points differ in where they start alone, and so cost the same."""
+        choices = {(point.choice.sampler, point.choice.grid, point.choice.num_steps) for point in self.points}
+        return len(choices) == 1 < len({point.start_level for point in self.points})
+
+    def role(self, index: int) -> str:
+        """Return what a point is called: "knee" where costs differ, "chosen", both, or nothing."""
+        called = {"chosen": self.chosen} if self.is_dial else {"knee": self.knee, "chosen": self.chosen}
+        return " and ".join(name for name, at in called.items() if at == index)
+
     def recipe(self, base: SamplingRecipe) -> SamplingRecipe:
         """Return `base` with the chosen schedule."""
         return self.points[self.chosen].recipe(base)
@@ -229,7 +240,7 @@ def to_markdown(curve: Curve) -> str:
             found = point.summary.get(measure.name)
             cells.append("" if found is None else f"{found.mean:.{measure.digits}f}")
         cells += [f"{point.device_s_per_mp:.3g}", f"{point.seconds_per_mp:.3g}"]
-        cells.append(", ".join(name for name, at in (("chosen", curve.chosen), ("knee", curve.knee)) if at == index))
+        cells.append(curve.role(index))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from diffsr_core.degradation import Degradation
 from diffsr_core.sampler import SAMPLERS
-from diffsr_core.sampling import SamplingRecipe
+from diffsr_core.sampling import ONE_STEP, SamplingRecipe
 from diffsr_core.schedule import GRIDS
-from diffsr_core.search import Candidate, choices, with_starts
+from diffsr_core.search import Candidate, GridChoice, choices, with_starts
 from pipelines.config import check
 from pipelines.curve import check_pick
 from pipelines.measures import DEFAULT, MEASURES, MeterSettings
@@ -65,7 +65,10 @@ class EvaluateConfig(SamplingConfig):
     choice: Literal["first", "mean", "best"] = "first"
     """What of them is scored: the first, their mean, or the one that keeps to the input most by itself."""
     search_steps: tuple[int, ...] = field(default=(), metadata={"group": "quality-cost curve and schedule search"})
-    """Numbers of steps to try, on the split val of a pair set; drawn as a curve, and the one picked is evaluated."""
+    """Numbers of steps to try, on the split val of a pair set; drawn as a curve, and the one picked is evaluated.
+
+    A model of one step has only --search-start-levels.
+    """
     search_samplers: tuple[str, ...] = ("ddim", "dpmpp-2m")
     """Samplers to try."""
     search_grids: tuple[str, ...] = ("uniform", "log_snr", "karras")
@@ -121,7 +124,7 @@ class EvaluateConfig(SamplingConfig):
         check_pick(self.pick)
         check("sigma" not in self.metrics or self.num_samples() > 1, "metrics", "sigma", "needs several samples",
               "give --samples 4")  # fmt: skip
-        check(not self.store or bool(self.search_steps), "store", self.store, "needs a search", "give --search-steps")
+        check(not self.store or self.searches, "store", self.store, "needs a search", "give --search-steps")
         for name in ("num_workers", "samples", "study_images"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1", "use 1 or more")
         check(self.study_seconds > 0, "study_seconds", self.study_seconds, "must be above 0", "use 3")
@@ -152,10 +155,27 @@ class EvaluateConfig(SamplingConfig):
         """Return how many samples are drawn of each image."""
         return max(self.samples, self.preset.samples if self.preset else 1)
 
-    def candidates(self) -> list[Candidate]:
-        """Return the points of the curve, none where none is asked for."""
-        found = choices(self.search_samplers, self.search_grids, self.search_steps) if self.search_steps else []
-        return with_starts(found, self.search_start_levels or (self.start_level or 0.0,))
+    @property
+    def searches(self) -> bool:
+        """Whether a curve is asked for."""
+        return bool(self.search_steps or self.search_start_levels)
+
+    def candidates(self, recipe: SamplingRecipe, *, one_step: bool) -> list[Candidate]:
+        """Return the points of the curve, none where none is asked for. recipe: what the model is sampled with.
+
+        one_step: such a model has its start level to search, and no other schedule. Raises ValueError.
+        """
+        if not self.searches:
+            return []
+        if one_step:
+            check(self.pick == "best", "pick", self.pick, "must be best for a model of one step, which costs the same "
+                  "from every level", "leave it out")  # fmt: skip
+            found = [GridChoice(**ONE_STEP)]
+        else:
+            check(bool(self.search_steps), "search_start_levels", self.search_start_levels, "needs numbers of steps "
+                  "with a model of several", "give --search-steps")  # fmt: skip
+            found = choices(self.search_samplers, self.search_grids, self.search_steps)
+        return with_starts(found, self.search_start_levels or (recipe.start_level,))
 
     def sampling(self, own: Mapping[str, Any] | None = None) -> SamplingRecipe:
         """Return the sampling recipe; own: what a model's folder says of it."""
@@ -168,7 +188,7 @@ class EvaluateConfig(SamplingConfig):
     def asked(self) -> dict[str, Any]:
         """Return the settings of search and study, for the evaluation's identity."""
         names: list[str] = []
-        if self.search_steps:
+        if self.searches:
             names = [
                 "search_steps",
                 "search_samplers",

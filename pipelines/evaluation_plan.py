@@ -52,20 +52,21 @@ def planned(config: EvaluateConfig) -> Plan:
     models = [resolve(ref) for ref in (str(config.model), *config.against)]
     documents = [model_from_files(model.files) for model in models]
     networks = [network.config for network, _ in documents]
-    scale, candidates, baselines = networks[0].scale, config.candidates(), config.baselines
+    scale, baselines = networks[0].scale, config.baselines
     check_settings(meter := config.meter(), reference=config.reference)
     measured = (*meter.measures, *FROM_ROWS, *(SET_MEASURES if meter.inception else ()))
-    check(not candidates or config.objective in measured, "objective", config.objective, "must be measured",
+    check(not config.searches or config.objective in measured, "objective", config.objective, "must be measured",
           "name it in --metrics, or give its file")  # fmt: skip
     dataset = dataset_of(config, scale, split=config.split)
-    if candidates and networks[0].denoiser is None:
+    if config.searches and networks[0].denoiser is None:
         raise ValueError(f"model ({models[0].label}) is a regression, it has no schedule; leave out --search-steps")
     recipes = []
     for model, network in zip(models, networks, strict=True):
         check(network.scale == scale, "against", model.label, f"must be of the model's scale ({scale})", "leave it out")
         recipe = config.sampling(model.sampling)
         recipes.append(recipe if network.denoiser is not None else replace(recipe, num_samples=1, choice="first"))
-        recipes[-1].check_fits(network)
+        model.check_fits(recipes[-1], network)
+    candidates = config.candidates(recipes[0], one_step=networks[0].one_step)
     for candidate in candidates:
         replace(recipes[0], **asdict(candidate)).check_fits(networks[0])
     if "regression" in baselines and not networks[0].encoder.regresses:

@@ -82,6 +82,11 @@ def manipulate(config: ManipulateConfig, *, verb: str) -> Summary:
     network, _ = model_from_files(model.files)
     if network.denoiser is None:
         raise ValueError(f"model ({model.label}) is a regression, it has one result only; give a diffusion model")
+    if network.config.one_step and verb != "samples":
+        raise ValueError(
+            f"model ({model.label}) draws in one step and reads no image at a noise level, as {verb} needs; give a "
+            "diffusion model of several steps"
+        )
     lr, digest = _read("lr", config.lr)
     upscaler = Upscaler(network, config.sampling(model.sampling))
     upscaler.check_channels(lr.shape[2])
@@ -92,7 +97,8 @@ def manipulate(config: ManipulateConfig, *, verb: str) -> Summary:
             raise ValueError(
                 f"level ({config.level}) must suit the model and the steps; choose another: {error}"
             ) from None
-    say(f"manipulate: {verb} with {model.label}, {config.sampler} {config.steps} steps")
+    recipe = upscaler.recipe
+    say(f"manipulate: {verb} with {model.label}, {recipe.sampler} {recipe.num_steps} steps")
     settings = {item.name: getattr(config, item.name) for item in fields(config) if item.name in VERBS[verb]}
     images = {name: _read(name, settings[name]) for name in IMAGES if settings.get(name) is not None}
     pictures = {name: image for name, (image, _) in images.items()}

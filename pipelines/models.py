@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from diffsr_core import checkpoint
+from diffsr_core.family import ModelConfig
+from diffsr_core.sampling import SamplingRecipe
 from pipelines import storage
 from pipelines.blobs import encode_blob
 from pipelines.engine import say
@@ -36,6 +38,13 @@ class ResolvedModel:
     name: str = ""
     version: int | None = None
     sampling: Mapping[str, Any] | None = None
+
+    def check_fits(self, recipe: SamplingRecipe, config: ModelConfig) -> None:
+        """Raise ValueError, which names the model, for a recipe that does not fit it. config: the network's."""
+        try:
+            recipe.check_fits(config)
+        except ValueError as error:
+            raise ValueError(f"{error} (model {self.label})") from None
 
     @property
     def label(self) -> str:

@@ -71,17 +71,21 @@ class Axis:
 def curve_plot(curve: "Curve", *, width: int, height: int) -> dict[str, Any]:
     """Return series, marks, labels and ticks of quality against device time in a box of width x height px.
 
-    A point without a time above 0 or without the measure has no place and is only counted, as `missing`.
+    Points that differ in their start level alone cost the same: they lie along that. A point without a time above 0 or
+    without the measure has no place and is only counted, as `missing`.
     """
+    dial = curve.is_dial
     drawn = [index for index, point in enumerate(curve.points) if _has_place(point, curve.measure)]
     missing = len(curve.points) - len(drawn)
     if not drawn:
         return {"series": [], "missing": missing}
-    costs = [curve.points[index].device_s_per_mp for index in drawn]
+    places = [point.start_level if dial else point.device_s_per_mp for point in (curve.points[i] for i in drawn)]
     found = [curve.points[index].summary[curve.measure] for index in drawn]
     bottom, top = min(i.low for i in found), max(i.high for i in found)
     room = 0.08 * (top - bottom) or max(1e-3 * abs(top), 1e-3)
-    x = Axis(min(costs) / 1.25, max(costs) * 1.25, 58, width - 16, log=True)
+    x = Axis(min(places) / 1.25, max(places) * 1.25, 58, width - 16, log=True)
+    if dial:
+        x = Axis(min(places) - 0.05, max(places) + 0.05, 58, width - 16)
     y = Axis(bottom - room, top + room, height - 44, 14)
     numbers: dict[tuple[str, str], int] = {}
     for point in curve.points:
@@ -90,14 +94,14 @@ def curve_plot(curve: "Curve", *, width: int, height: int) -> dict[str, Any]:
         {
             "index": index,
             "series": numbers[point.choice.sampler, point.choice.grid],
-            "x": x(point.device_s_per_mp),
+            "x": x(place),
             "y": y(interval.mean),
             "low": y(interval.low),
             "high": y(interval.high),
-            "steps": point.choice.num_steps,
-            "role": roles(curve, index),
+            "text": f"{point.start_level:g}" if dial else str(point.choice.num_steps),
+            "role": curve.role(index),
         }
-        for index, interval in zip(drawn, found, strict=True)
+        for index, place, interval in zip(drawn, places, found, strict=True)
         for point in [curve.points[index]]
     ]
     return {
@@ -107,7 +111,7 @@ def curve_plot(curve: "Curve", *, width: int, height: int) -> dict[str, Any]:
         "right": x.end,
         "top": y.end,
         "bottom": y.start,
-        "x_ticks": [(x(value), plain(value)) for value in log_ticks(x.low, x.high)],
+        "x_ticks": [(x(value), plain(value)) for value in (ticks if dial else log_ticks)(x.low, x.high)],
         "y_ticks": [(y(value), plain(value)) for value in ticks(y.low, y.high)],
         "series": [
             {
@@ -120,15 +124,9 @@ def curve_plot(curve: "Curve", *, width: int, height: int) -> dict[str, Any]:
             for (sampler, grid), number in numbers.items()
             for by_cost in [sorted((m for m in marks if m["series"] == number), key=lambda m: (m["x"], m["index"]))]
         ],
-        "labels": _labels(marks, x, y),
+        "labels": _labels(marks, x, y, unit="" if dial else " steps"),
         "missing": missing,
     }
-
-
-def roles(curve: "Curve", index: int) -> str:
-    """Return what a point of the curve is called: "knee", "chosen", both, or nothing."""
-    names = [name for name, at in (("knee", curve.knee), ("chosen", curve.chosen)) if at == index]
-    return " and ".join(names)
 
 
 def _has_place(point: Any, measure: str) -> bool:
@@ -139,10 +137,10 @@ def _has_place(point: Any, measure: str) -> bool:
     )
 
 
-def _labels(marks: Sequence[Mapping[str, Any]], x: Axis, y: Axis) -> list[dict[str, Any]]:
+def _labels(marks: Sequence[Mapping[str, Any]], x: Axis, y: Axis, *, unit: str) -> list[dict[str, Any]]:
     """Return the texts beside marks where they hide no mark and no other text: knee and chosen first.
 
-    A number of steps for which no place is free is left out: it is in the mark's tooltip and in the table.
+    One for which no place is free is left out: it is in the mark's tooltip and in the table.
     """
     taken = [(mark["x"] - 6, mark["y"] - 6, mark["x"] + 6, mark["y"] + 6) for mark in marks]
     for a, b in pairwise(sorted(marks, key=lambda m: (m["series"], m["x"], m["index"]))):
@@ -152,7 +150,7 @@ def _labels(marks: Sequence[Mapping[str, Any]], x: Axis, y: Axis) -> list[dict[s
             taken += [(x_px - 1, y_px - 1, x_px + 1, y_px + 1) for x_px, y_px in line.tolist()]
     labels = []
     for mark in sorted(marks, key=lambda m: (not m["role"], m["x"], m["index"])):
-        text = f"{mark['steps']} steps: {mark['role']}" if mark["role"] else str(mark["steps"])
+        text = f"{mark['text']}{unit}: {mark['role']}" if mark["role"] else mark["text"]
         wide = LETTER_PX * len(text)
         far, up = (13, 15) if mark["role"] else (9, 11)
         places = [(-wide / 2, -up), (-wide / 2, up + 9), (-far - wide, -up + 5), (far, up + 4), (far, -up + 5),

@@ -149,7 +149,7 @@ def promote(config: PromoteConfig) -> Summary:
     configs = {method: model_from_files(model.files)[0].config for method, model in models.items()}
     recipes = {method: config.sampling(model.sampling) for method, model in models.items()}
     for method, recipe in recipes.items():
-        recipe.check_fits(configs[method])  # before any work is planned
+        models[method].check_fits(recipe, configs[method])  # before any work is planned
     assert config.dataset is not None
     scale = next(reversed(configs.values())).scale  # the champion's, where there is one
     dataset = open_dataset(config.dataset, split=config.split, degradation=config.degradation, scale=scale)

@@ -16,7 +16,7 @@ from pipelines.evaluated import Evaluation, Judged, Picture, judged
 from pipelines.intervals import Interval
 from pipelines.measures import MEASURES, SET_MEASURES, Measure
 from pipelines.pages import pages, visible
-from pipelines.plots import curve_plot, distributions, roles
+from pipelines.plots import curve_plot, distributions
 
 ARROWS = {"higher": "↑", "lower": "↓", "none": ""}
 EVALUATED = ("model", "challenger")  # the method that the page is about: shown on the right of each slider
@@ -85,7 +85,6 @@ def write_report(evaluation: Evaluation) -> str:
         plots={name: curve_plot(evaluation.curve, width=w, height=h) for name, (w, h) in PLOT_SIZES_PX.items()}
         if evaluation.curve
         else {},
-        roles=roles,
         spreads=_spreads(images, methods, measures),
         groups=groups,
         uncertain=any(picture.uncertainty for picture in evaluation.pictures),

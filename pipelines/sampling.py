@@ -28,9 +28,10 @@ class SamplingConfig:
     steps: int | None = None
     """Steps of that grid: network calls per image (langevin asks more). Left out: as the model's schedule, else 8."""
     start_level: float | None = None
-    """0 starts from noise; above 0 from the model's regression noised to this level, which saves steps.
+    """0 starts from noise; above 0 from the model's regression noised to this level, which saves steps. Of a model of
+    one step it is the dial: 0 has the most texture, towards 1 there is least.
 
-    Left out: as the model's schedule, else 0.
+    Left out: as the model's schedule or the model itself says, else 0.
     """
     seed: int = 0
     """Noise seed."""

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from diffsr_core import presets
-from diffsr_core.energy import START_LEVEL
-from diffsr_core.family import ModelConfig
+from diffsr_core.family import START_LEVEL, ModelConfig
 from diffsr_core.recipe import StageRecipe, TrainingRecipe
 from diffsr_core.validation import ValidationRecipe
 from pipelines.config import check
@@ -52,8 +51,9 @@ class TrainConfig:
     diversity: float = 1.0
     """Of these draws from noise: 1 has HR's own variety, 0 none; less is nearer to HR and smoother."""
     start_level: float | None = None
-    """Noise level from which they start unless --start-level of a sampling says otherwise: 0 has the most texture,
-    towards 1 it is the regression; all are trained. Left out: as of --init, else 0.7."""
+    """Noise level from which they start unless the --start-level of a sampling says otherwise: 0 has the most texture,
+    towards 1 there is least. All are trained where the encoder regresses; with --steps 0 only this changes. Left out:
+    that of --init, else 0.7."""
     licence: str | None = None
     """Licence of the weights, for the model card."""
     data_licence: str | None = None
@@ -207,12 +207,12 @@ class TrainConfig:
                 check(not getattr(self, name), name, getattr(self, name), "is another objective than --one-step",
                       "leave out one of them")  # fmt: skip
             check(self.weighting in (None, "none"), "weighting", self.weighting,
-                  "is by noise level, and one step has one", "leave it out")  # fmt: skip
+                  "is not of the energy score, which has its own by level", "leave it out")  # fmt: skip
             check(self.loss is None, "loss", self.loss, "is not the energy score's distance", "leave it out")
             check(self.model().prediction != "eps", "prediction", self.model().prediction,
                   "must be v or x_0, in which one step is stable", "use --prediction x_0")  # fmt: skip
-        check(self.one_step or self.start_level is None, "start_level", self.start_level, "is of --one-step",
-              "give that too")  # fmt: skip
+        check(self.one_step or self.start_level is None, "start_level", self.start_level,
+              "is of --one-step", "leave it out" if self.teacher else "give that too")  # fmt: skip
         check(self.one_step or self.diversity == 1.0, "diversity", self.diversity, "is of --one-step", "give that too")
         check(0 <= self.diversity <= 1, "diversity", self.diversity, "must be from 0 to 1", "use 1")
         samples = presets.get(self.preset).model.denoiser is not None and not (self.teacher or self.one_step)

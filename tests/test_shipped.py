@@ -72,7 +72,7 @@ def test_the_photographs_that_are_held_out_are_ten_of_them_and_those_trained_on_
 def test_a_release_has_the_average_in_half_precision_and_a_card_of_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(PLAIN, one_step=True)
+    config = replace(PLAIN, one_step=True, start_level=0.7)
     weights = SuperResolver(config).state_dict()
     average = {name: value + 1 for name, value in weights.items()}
     save_files(tmp_path / "w/diffsr-x4/model", model_files(config, weights, average, preset="tiny", card=""))
@@ -86,6 +86,9 @@ def test_a_release_has_the_average_in_half_precision_and_a_card_of_what_was_meas
         folder.mkdir(parents=True)
         metrics = {"bicubic_psnr_y": 20.25 + index, "model_psnr_y": 30.5 + index, "model_sigma": 1.5}
         (folder / "summary.json").write_text(json.dumps({"metrics": metrics}))
+    points = [{"start_level": level, "summary": {"psnr_y": [30 + level, 29, 31]}} for level in (0.7, 0.0)]
+    (tmp_path / "w/evaluations/diffsr-x4/dial").mkdir()
+    (tmp_path / "w/evaluations/diffsr-x4/dial/curve.json").write_text(json.dumps({"points": points}))
     monkeypatch.setattr(release, "PRETRAINED", tmp_path / "pretrained")
     words = ["release", "--work", str(tmp_path / "w"), "--name", "diffsr-x4", "--runs", "diffsr-x4"]
     monkeypatch.setattr(sys, "argv", words)
@@ -98,7 +101,8 @@ def test_a_release_has_the_average_in_half_precision_and_a_card_of_what_was_meas
         "| Set5 | bicubic | 20.25 | – |" in card
         and "| ten photographs held out | diffsr-x4, one step | 32.50 |" in card
     )
-    assert "| one-step (energy score) | 1,000 | 16 | diversity 1 | 0.003 | 1.50 | `aaaaaaaaaaaa` |" in card
+    assert "| one-step | 1,000 | 16 | energy score, all levels | 0.003 | 1.50 | `aaaaaaaaaaaa` |" in card
+    assert "Left out it is 0.7." in card and "|---:|\n| 0 | 30.00 | – | – |\n| 0.7 | 30.70 | – | – |\n\n" in card
     assert all(f"\n## {part}\n" in card for part in ("Data", "Training", "Scores", "Limits", "Attribution"))
 
 

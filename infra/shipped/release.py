@@ -20,6 +20,7 @@ PRETRAINED = HERE.parents[1] / "pipelines" / "pretrained"
 SETS = {"set5": "Set5", "bsd100": "BSD100", "held-out": "ten photographs held out"}
 BASELINES = {"bicubic": "bicubic", "regression": "its regression alone"}
 MEASURES = {"psnr_y": 2, "ssim_y": 4, "niqe": 2, "spectral_error": 2, "lr_psnr": 1, "sigma": 2}
+OF_THE_DIAL = ("psnr_y", "niqe", "spectral_error")
 
 
 def main() -> None:
@@ -39,6 +40,8 @@ def main() -> None:
         real=name.endswith("-real"),
         drawn=(work / "photos" / "leaves").is_dir(),
         scale=model.config.scale,
+        start_level=model.config.start_level,
+        dial=_dial(work / "evaluations" / name / "dial" / "curve.json"),
         weights=f"{sum(x.numel() for x in model.parameters()) / 1e6:.2f}",
         digest=document["digest"],
         note=arguments.note,
@@ -59,13 +62,13 @@ def _stage(folder: Path) -> dict[str, Any]:
     recipe, metrics = run["document"]["recipe"], run["summary"]["metrics"]
     (stage,) = recipe["stages"]
     return {
-        "name": {"energy": "one-step (energy score)"}.get(stage["name"], stage["name"]),
+        "name": {"energy": "one-step"}.get(stage["name"], stage["name"]),
         "steps": f"{metrics['images_seen'] / recipe['batch_size']:,.0f}",
         "batch": recipe["batch_size"],
         "rate": f"{stage['learning_rate']:g}",
         "hours": f"{metrics['train_s'] / 3600:.2f}",
         "pairs": run["document"]["pairs"][:12],
-        "extra": f"diversity {stage['diversity']:g}" if stage["name"] == "energy" else f"{stage['loss'].upper()}",
+        "extra": "energy score, all levels" if stage["name"] == "energy" else f"{stage['loss'].upper()}",
     }
 
 
@@ -78,6 +81,21 @@ def _rows(folder: Path, label: str, name: str) -> list[list[str]]:
     return [
         [label, shown, *(_cell(metrics.get(f"{method}_{measure}"), digits) for measure, digits in MEASURES.items())]
         for method, shown in methods.items()
+    ]
+
+
+def _dial(file: Path) -> list[list[str]]:
+    """Return the scores by start level that a search has found, from the most texture on."""
+    points = json.loads(file.read_text())["points"]
+    return [
+        [
+            f"{point['start_level']:g}",
+            *(
+                _cell(point["summary"].get(name, [None])[0], MEASURES[name])
+                for name in ("psnr_y", "niqe", "spectral_error")
+            ),
+        ]
+        for point in sorted(points, key=lambda point: point["start_level"])
     ]
 
 

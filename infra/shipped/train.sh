@@ -51,6 +51,9 @@ release() { # NAME RUNS... (NAME-real is scored on what it is for, beside NAME)
     "$python" jobs/evaluate.py --model "$work/$name/model" --dataset "$images" --output "$work/evaluations/$name/$set" \
       --engine "$engine" --samples 2 --precision "$precision" ${NIQE:+--niqe "$NIQE"} "${inputs[@]}"
   done
+  "$python" jobs/evaluate.py --model "$work/$name/model" --dataset "$tests/set5" --output "$work/evaluations/$name/dial" \
+    --engine "$engine" --precision "$precision" ${NIQE:+--niqe "$NIQE"} "${inputs[@]:0:2}" \
+    --search-start-levels 0,0.3,0.5,0.6,0.7,0.8,0.9
   "$python" -m infra.shipped.release --work "$work" --name "$name" --runs "$@"
 }
 

@@ -461,7 +461,7 @@ def test_where_a_sample_starts_is_a_dial_from_the_texture_of_hr_to_none() -> Non
             gamma = 1 - start * start
             mean, spread = mean_and_spread(model, brightness, start=start)
             assert mean == pytest.approx(brightness + SHIFT, abs=0.15 * roughness)
-            assert spread == pytest.approx(roughness * gamma / math.sqrt(2 - gamma**2), abs=0.15 * roughness)
+            assert spread == pytest.approx(roughness * gamma / math.sqrt(2 - gamma**2), abs=0.25 * roughness)
 
 
 # --- beside the training ---

@@ -245,7 +245,10 @@ def test_one_step_fits_a_preset_that_predicts_noise_by_another_prediction_and_ma
     [
         ({"diversity": 0.5}, r"diversity \(0.5\) is of --one-step; give that too"),
         ({"start_level": 0.5}, r"start_level \(0.5\) is of --one-step; give that too"),
-        ({"one_step": True, "start_level": 1.0}, r"start_level \(1.0\) must be from 0 to below 1; use 0.7"),
+        *(
+            ({"one_step": True, "start_level": wrong}, r"start_level \(.*\) must be a level of the schedule; use 0.7")
+            for wrong in (1.0, -0.1, 0.999999, float("nan"))
+        ),
         (
             {"one_step": True, "start_level": 0.5, "preset": "sr3-16-128", "prediction": "x_0"},
             r"start_level \(0.5\) is of models of one step .* whose encoder regresses \(interpolation does not\)",
@@ -262,7 +265,7 @@ def test_one_step_fits_a_preset_that_predicts_noise_by_another_prediction_and_ma
         ({"one_step": True, "joint": True}, r"joint \(True\) is another objective than --one-step; leave out one"),
         ({"one_step": True, "teacher": "t"}, r"teacher \('t'\) is another objective than --one-step"),
         ({"one_step": True, "loss": "l2"}, r"loss \('?l2'?\) is not the energy score's distance; leave it out"),
-        ({"one_step": True, "weighting": "min_snr"}, r"weighting \('?min_snr'?\) is by noise level, and one step has"),
+        ({"one_step": True, "weighting": "min_snr"}, r"weighting \('?min_snr'?\) is not of the energy score"),
         ({"one_step": True, "sampling_steps": 4}, r"sampling_steps \(4\) is of a validation that samples in several"),
         ({"one_step": True, "sampler": "ddpm"}, r"sampler \('ddpm'\) is of a validation that samples in several"),
         ({"one_step": True, "grid": "log_snr"}, r"grid \('log_snr'\) is of a validation that samples in several"),

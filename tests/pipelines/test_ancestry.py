@@ -44,6 +44,36 @@ def test_a_model_of_one_step_starts_as_asked_or_as_its_parent_or_as_usual(
     assert child(config, one_step=True, start_level=asked) == replace(PLAIN, one_step=True, start_level=found)
 
 
+@pytest.mark.parametrize(("own", "said"), [(None, "start from 0.7, those of --init from 0"), (0.7, ""), (0.5, "")])
+def test_a_start_that_changes_unasked_is_said(own: float | None, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    child(replace(PLAIN, one_step=True, start_level=own), one_step=True)
+    heard = capsys.readouterr().err
+    assert said in heard and bool(said) == bool(heard)
+
+
+def validated(config: ModelConfig, **fields: Any) -> ModelConfig:
+    settings = TrainConfig(pairs="p", output="o", preset="anchored-x4", init="parent", steps=0, **fields)
+    return inherited(settings, {"init": parent(config)})
+
+
+def test_a_model_is_moved_to_another_start_without_training() -> None:
+    config = replace(PLAIN, one_step=True, start_level=0.5)
+    assert validated(config, one_step=True, start_level=0.2) == replace(config, start_level=0.2)
+    assert validated(config, one_step=True) == config
+    old = replace(PLAIN, one_step=True)
+    assert validated(old, one_step=True, start_level=0.0) == old
+    with pytest.raises(
+        ValueError, match="start_level \\(0.2\\) must be 0: the model of --init was trained to draw from"
+    ):
+        validated(old, one_step=True, start_level=0.2)
+
+
+def test_a_model_of_one_step_is_nobodys_teacher() -> None:
+    settings = TrainConfig(pairs="p", output="o", preset="anchored-x4", teacher="parent")
+    with pytest.raises(ValueError, match="teacher .* draws in one step already; give a diffusion model, or use --init"):
+        inherited(settings, {"teacher": parent(replace(PLAIN, one_step=True))})
+
+
 def test_a_diffusion_trained_on_from_a_model_of_one_step_has_none_of_its_ways(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -146,7 +146,7 @@ def test_knee_and_chosen_are_marked_and_pick_says_which_point_is_chosen(measure)
     assert [row[-1] for row in best.table[2:]] == ["chosen", "knee", ""]
     assert (best.document["knee"], best.document["chosen"]) == (1, 0)
     knee = measure(candidates=only, pick="knee")
-    assert knee.curve.chosen == knee.curve.knee == 1 and knee.table[3][-1] == "chosen, knee"
+    assert knee.curve.chosen == knee.curve.knee == 1 and knee.table[3][-1] == "knee and chosen"
     for pick, chosen in (("0", 0), ("0.9", 0), ("1.0", 1), ("3.9", 1), ("4", 2), ("1e3", 2)):
         assert measure(candidates=only, pick=pick).curve.chosen == chosen, pick
     lower = measure(candidates=only, measure="spectral_error", pick="1.0")  # 61, 62, 65 dB
@@ -277,7 +277,7 @@ def test_the_table_shows_each_measure_with_its_digits_and_not_what_was_not_measu
     assert lines[0] == "| sampler | grid | steps | start | SSIM | PSNR-Y (dB) | device s/MP | s/MP | |"
     assert lines[2:] == [
         "| ddim | uniform | 8 | 0.5 | 0.9123 | 30.13 | 0.0123 | 4.57 |  |",
-        "| ddim | uniform | 4 | 0 |  | 30.13 | 0.0123 | 4.57 | chosen, knee |",
+        "| ddim | uniform | 4 | 0 |  | 30.13 | 0.0123 | 4.57 | knee and chosen |",
     ]
     assert len({line.count("|") for line in lines}) == 1
 

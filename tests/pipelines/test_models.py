@@ -179,7 +179,9 @@ def test_a_model_that_draws_from_any_level_is_drawn_from_its_own_unless_a_flag_s
         assert recipe.start_level == level
         recipe.check_fits(config)
     for wrong in ({"start_level": 1.0}, {"start_level": -0.1}, {"one_step": False}):
-        with pytest.raises(ValueError, match="start_level \\(.*\\) (must be from 0 to below 1|is of models of one)"):
+        with pytest.raises(
+            ValueError, match="start_level \\(.*\\) (must be a level of the schedule|is of models of one)"
+        ):
             replace(config, **wrong)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.curve import Curve
 from pipelines.evaluated import Evaluation, Picture, judged
 from pipelines.intervals import Interval
 from pipelines.plots import BINS, curve_plot, distributions, log_ticks, plain, ticks
@@ -103,7 +104,7 @@ SUMMARY = {
 }  # fmt: skip
 
 
-def point(sampler, steps, cost, mean, *, start_level=1.0, **more):
+def point(sampler, steps, cost, mean, *, start_level=0.0, **more):
     choice = SimpleNamespace(sampler=sampler, grid="karras", num_steps=steps)
     summary = {"psnr": Interval(mean, mean - 0.1, mean + 0.1), **more}
     return SimpleNamespace(
@@ -115,7 +116,7 @@ def curve(**changes):
     points = [point("ddim", n, 0.1 * n, 30 - 2 / n) for n in (2, 4, 8, 16)]
     points += [point("dpmpp-2m", n, 0.1 * n, 30.3 - 2 / n, start_level=0.5) for n in (2, 4, 8)]
     arguments = {"points": points, "measure": "psnr", "better": "higher", "knee": 5, "chosen": 3}
-    return SimpleNamespace(**arguments | changes)
+    return Curve(**arguments | changes)
 
 
 def picture(key="a.png", why="worst PSNR", side=64, **more):
@@ -340,6 +341,18 @@ def test_the_plot_puts_each_point_where_its_logarithm_and_its_mean_are():
     assert names == {"knee": "4 steps: knee", "chosen": "16 steps: chosen"}
 
 
+def test_points_that_differ_in_their_start_alone_lie_along_it_and_have_no_knee():
+    levels, means = (0.7, 0.0, 0.35), (30.5, 29.0, 29.8)
+    points = [point("ddim", 1, 0.1, mean, start_level=level) for level, mean in zip(levels, means, strict=True)]
+    found = curve_plot(curve(points=points, knee=1, chosen=0), width=600, height=300)
+    (series,) = found["series"]
+    assert [mark["text"] for mark in series["marks"]] == ["0", "0.35", "0.7"]
+    assert np.diff([mark["x"] for mark in series["marks"]]) == pytest.approx(0.35 * (584 - 58) / 0.8, abs=0.2)
+    assert [label["text"] for label in found["labels"] if label["role"]] == ["0.7: chosen"]
+    page = Page(report(curve=curve(points=points, knee=1, chosen=0)))
+    assert "numbers beside the points are start levels" in page.text and "knee" not in page.text
+
+
 def test_no_text_of_the_plot_lies_on_another_or_on_a_mark():
     rng = np.random.default_rng(3)
     points = [point(s, n, 0.1 * n, float(30 + rng.normal() / 5)) for s in ("a", "b", "c", "d") for n in (1, 2, 3, 4, 6)]
@@ -358,9 +371,9 @@ def test_a_point_that_has_no_place_is_counted_and_stays_in_the_table():
     assert "2 points without a time or a score are not drawn" in page.text
     rows = [[" ".join(cell.split()) for cell in row] for row in page.rows if row[0].startswith("ddim")]
     assert rows == [
-        ["ddim, karras", "2", "1", "30.00 [29.90, 30.10]", "0", "0", ""],
-        ["ddim, karras", "4", "1", "–", "1", "2", ""],
-        ["ddim, karras", "8", "1", "31.00 [30.90, 31.10]", "1", "2", "knee and chosen"],
+        ["ddim, karras", "2", "0", "30.00 [29.90, 30.10]", "0", "0", ""],
+        ["ddim, karras", "4", "0", "–", "1", "2", ""],
+        ["ddim, karras", "8", "0", "31.00 [30.90, 31.10]", "1", "2", "knee and chosen"],
     ]
     assert "8 steps: knee and chosen" in page.text
     none = Page(report(curve=curve(points=points[:1], knee=0, chosen=0)))
