@@ -188,6 +188,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     for name in ("sr3", "srdiff", "seed3", "4-bands", "rrdb-twin", "anchored", "deblur"):
         model_folder(folder / name, MODELS[name])
+    for name, level in (("one-step", 0.7), ("from-noise", None)):
+        model_folder(folder / name, replace(MODELS["anchored"], one_step=True, start_level=level))
     for name, channels in (("a.png", 3), ("b.png", 1), ("c.png", 3)):
         write_png(folder / "mixed" / name, waves(44, 40, channels=channels, phase=ord(name[0])))
     write_png(folder / "grey" / "g.png", waves(40, 44, channels=1))
@@ -264,6 +266,31 @@ def test_a_stored_winner_is_what_the_model_is_sampled_with_from_then_on(
     assert scores_of(tmp_path / "own").equals(scores_of(tmp_path / "out"))
     said = call("evaluate", *flags, "--output", tmp_path / "named", "--steps", 2, "--grid", "uniform", "--dry-run")
     assert "ddim 2 steps" in said.stderr
+
+
+def test_a_model_of_one_step_is_searched_by_its_start_level_alone(
+    tiny: Path, tmp_path: Path, call: Callable[..., Ran]
+) -> None:
+    model = shutil.copytree(tiny / "one-step", tmp_path / "model")
+    flags = ["--dataset", tiny / "grey", "--engine", "local", "--tile", 16, "--halo", 4]
+    own, search = ["--model", model, "--output", tmp_path / "out"], ["--search-start-levels", "0,0.4", "--store"]
+    done = call("evaluate", *flags, *own, *search, "--objective", "lr_psnr")
+    assert done.code == 0, done.stderr
+    found = json.loads((tmp_path / "out/curve.json").read_text())["points"]
+    assert {(p["sampler"], p["grid"], p["num_steps"], p["start_level"]) for p in found} == {
+        ("ddim", "uniform", 1, 0.0), ("ddim", "uniform", 1, 0.4),
+    }  # fmt: skip
+    assert json.loads((model / "sampling.json").read_text())["start_level"] == found[0]["start_level"]
+    for model, more, said in (
+        ("one-step", ["--search-steps", "1"], ""),  # from its own level
+        ("one-step", [*search[:2], "--pick", "knee"], "pick ('knee') must be best for a model of one step"),
+        ("from-noise", search[:2], "start_level (0.4) must be 0: this model was trained to draw from noise alone"),
+        ("anchored", search[:2], "search_start_levels ((0.0, 0.4)) needs numbers of steps"),
+    ):
+        asked = call("evaluate", *flags, "--model", tiny / model, "--output", tmp_path / "other", *more)
+        assert said in asked.stderr and asked.code == bool(said), asked.stderr
+    (point,) = json.loads((tmp_path / "other/curve.json").read_text())["points"]
+    assert point["start_level"] == 0.7
 
 
 def test_in_a_pair_set_the_search_looks_at_val_and_what_is_scored_is_test(

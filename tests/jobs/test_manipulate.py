@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -28,6 +28,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("room")
     for name in ("srdiff", "seed3", "rrdb-twin"):
         model_folder(folder / name, MODELS[name])
+    model_folder(folder / "one-step", replace(MODELS["anchored"], one_step=True, start_level=0.7))
     low = waves(HEIGHT, WIDTH)
     write_png(folder / "lr.png", low)
     write_png(folder / "base.png", bicubic(low, SCALE))
@@ -192,6 +193,10 @@ def test_a_grey_lr_and_colour_images_or_the_other_way_round_are_served(
         ("samples --lr absent.png", ["lr (", "absent.png) must be an image"]),
         ("samples --steps 101", ["steps (101) must be between 1 and 100", "use fewer"]),
         ("samples --model rrdb-twin", ["rrdb-twin) is a regression", "give a diffusion model"]),
+        (
+            "interpolate --model one-step --steps 1",
+            ["one-step) draws in one step", "give a diffusion model of several"],
+        ),
         ("samples --model seed3", ["channels (3) must be 1", "convert the image"]),
         ("samples --model absent", ["absent) must be a folder with config.json"]),
         ("samples --samples 2 --output lr.png", ["File exists"]),
