@@ -59,7 +59,7 @@ def main() -> None:
     pairs = ["--patch", 64, "--min-deviation", 4, "--max-per-image", 200, "--val-share", 0.225, "--test-share", 0]
     job("make_pairs", "--source", root / "bucket", "--output", root / "pairs", *pairs,
         "--unit-megabytes", 1, "--num-workers", 2)  # fmt: skip
-    recipe = ["--preset", "anchored-x4", "--init", SHIPPED, "--one-step", "--learning-rate", 3e-4,
+    recipe = ["--preset", "anchored-x4", "--init", SHIPPED, "--one-step", "--diversity", 0.8, "--learning-rate", 3e-4,
               "--encoder-steps", options.encoder_steps, "--steps", options.steps]  # fmt: skip
     trained = job("train", "--pairs", root / "pairs", "--output", root / "run", *recipe, "--precision", precision(),
                   "--num-workers", 2, "--cpus-per-worker", 0.5, "--register", "diffsr")  # fmt: skip
