@@ -47,6 +47,7 @@ JOBS = {
                       "manipulate.py interpolate --lr photo.png --output between --model runs/1/model\n"
                       "manipulate.py fuse --lr photo.png --donor other.png --mask mask.png --output fused", default=""),
     "image": Job("pipelines.one_image", "ImageConfig", "upscale_image", "image",
+                 "image.py in.jpg out.png --start-level 0.4  (more texture than the model's own; 0.9: less)\n"
                  "image.py in.jpg out.png --model runs/1/model", words="split_words"),
     "import_weights": Job("pipelines.importing", "ImportConfig", "import_weights", "import",
                           "import_weights.py --weights I640000_E37_gen.pth --scale 8 --output s3://archive/models/sr3"),
