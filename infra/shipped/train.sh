@@ -61,7 +61,7 @@ pairs bicubic bicubic
 pairs real "$everyday"
 train regression --preset anchored-x4-regression --pairs "$work/pairs-bicubic" --steps "$steps"
 train diffsr-x4 --preset anchored-x4 --pairs "$work/pairs-bicubic" --init "$work/regression/model" \
-  --one-step --diversity 0.8 --encoder-steps 0 --steps $((steps / 2))
+  --one-step --diversity 0.8 --start-level 0.6 --encoder-steps 0 --steps $((steps / 2))
 release diffsr-x4 regression diffsr-x4
 train regression-real --preset anchored-x4-regression --pairs "$work/pairs-real" --init "$work/regression/model" \
   --steps $((steps / 2)) --learning-rate 2e-3

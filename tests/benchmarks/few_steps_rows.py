@@ -40,7 +40,7 @@ from tests.benchmarks.few_steps_scores import (
 )
 
 LATE_LEVEL = 0.5
-STARTS = (0.0, 0.3, 0.5, 0.6, 0.8, 0.9)  # of a student that was trained to be drawn from any
+STARTS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.7, 0.8, 0.9)  # of a student that was trained to be drawn from any
 MEASURED = 1  # raise it when what is measured changes: what was kept before is then measured again
 
 Key = TypeVar("Key")

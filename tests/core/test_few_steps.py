@@ -288,12 +288,12 @@ def test_every_kind_of_row_draws_what_it_says_onto_the_lr(tmp_path: Path) -> Non
 
 def test_a_student_of_any_level_is_drawn_from_its_own_and_from_others(tmp_path: Path) -> None:
     models = {
-        "student": Model(tiny.model_of(replace(tiny.ANCHORED, one_step=True, start_level=0.6)), "s"),
+        "student": Model(tiny.model_of(replace(tiny.ANCHORED, one_step=True, start_level=0.7)), "s"),
         "teacher": Model(tiny.model_of(tiny.ANCHORED), "t"),
     }
     rows = {row.name: row.recipe.start_level for row in rows_of(models, tmp_path) if row.source == "student"}
-    own = {STUDENT: 0.6, f"{STUDENT}, bf16": 0.6, MEAN: 0.6}
-    assert rows == own | {f"{FROM} {level:g}": level for level in STARTS if level != 0.6} and len(rows) > 5
+    own = {STUDENT: 0.7, f"{STUDENT}, bf16": 0.7, MEAN: 0.7}
+    assert rows == own | {f"{FROM} {level:g}": level for level in STARTS if level != 0.7} and len(rows) > 5
 
 
 def searched(path: Path, *, model: str) -> Path:
