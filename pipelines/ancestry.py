@@ -28,18 +28,20 @@ def inherited(config: TrainConfig, ancestors: Mapping[str, ResolvedModel]) -> Mo
     if config.start_level is None and None not in (start, model.start_level):
         start = model.start_level
     if config.init and config.one_step and model.one_step and start != model.start_level:
-        say(f"train: samples start from {start or 0:g}, those of --init from {model.start_level or 0:g}")
+        was = "noise alone" if model.start_level is None else f"{model.start_level:g}"
+        say(f"train: samples start from {'noise alone' if start is None else f'{start:g}'}, those of --init from {was}")
     return replace(model, one_step=config.one_step, start_level=start)
 
 
 def _moved(model: ModelConfig, level: float) -> ModelConfig:
-    """Return a model whose samples start from another level. Raises ValueError where they start from noise alone."""
-    if model.start_level is None and level:
+    """Return a model whose samples start from another level. Raises ValueError for one that has no such dial."""
+    if model.start_level is None:
+        trained = "draw from noise alone" if model.one_step else "be sampled in several steps"
         raise ValueError(
-            f"start_level ({level}) must be 0: the model of --init was trained to draw from noise alone; train it on "
-            "with --steps 1 or more"
+            f"start_level ({level}) is of a model that draws from any level, and that of --init was trained to "
+            f"{trained}; train it on with --steps 1 or more"
         )
-    return model if model.start_level is None else replace(model, start_level=level)
+    return replace(model, start_level=level)
 
 
 def _config_of(model: ResolvedModel) -> ModelConfig:

@@ -124,7 +124,8 @@ class EvaluateConfig(SamplingConfig):
         check_pick(self.pick)
         check("sigma" not in self.metrics or self.num_samples() > 1, "metrics", "sigma", "needs several samples",
               "give --samples 4")  # fmt: skip
-        check(not self.store or self.searches, "store", self.store, "needs a search", "give --search-steps")
+        check(not self.store or self.searches, "store", self.store, "needs a search",
+              "give --search-steps, or --search-start-levels of a model of one step")  # fmt: skip
         for name in ("num_workers", "samples", "study_images"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1", "use 1 or more")
         check(self.study_seconds > 0, "study_seconds", self.study_seconds, "must be above 0", "use 3")
@@ -170,6 +171,8 @@ class EvaluateConfig(SamplingConfig):
         if one_step:
             check(self.pick == "best", "pick", self.pick, "must be best for a model of one step, which costs the same "
                   "from every level", "leave it out")  # fmt: skip
+            check(set(self.search_steps) <= {1}, "search_steps", self.search_steps, "must be 1 for a model of one step",
+                  "leave it out, and give --search-start-levels")  # fmt: skip
             found = [GridChoice(**ONE_STEP)]
         else:
             check(bool(self.search_steps), "search_start_levels", self.search_start_levels, "needs numbers of steps "

@@ -59,7 +59,8 @@ def planned(config: EvaluateConfig) -> Plan:
           "name it in --metrics, or give its file")  # fmt: skip
     dataset = dataset_of(config, scale, split=config.split)
     if config.searches and networks[0].denoiser is None:
-        raise ValueError(f"model ({models[0].label}) is a regression, it has no schedule; leave out --search-steps")
+        raise ValueError(f"model ({models[0].label}) is a regression, it has no schedule; leave out --search-steps "
+                         "and --search-start-levels")  # fmt: skip
     recipes = []
     for model, network in zip(models, networks, strict=True):
         check(network.scale == scale, "against", model.label, f"must be of the model's scale ({scale})", "leave it out")
@@ -68,7 +69,7 @@ def planned(config: EvaluateConfig) -> Plan:
         model.check_fits(recipes[-1], network)
     candidates = config.candidates(recipes[0], one_step=networks[0].one_step)
     for candidate in candidates:
-        replace(recipes[0], **asdict(candidate)).check_fits(networks[0])
+        models[0].check_fits(replace(recipes[0], **asdict(candidate)), networks[0])
     if "regression" in baselines and not networks[0].encoder.regresses:
         say(f"evaluate: {models[0].label} has no regression network of its own, so that baseline is left out")
         baselines = tuple(name for name in baselines if name != "regression")

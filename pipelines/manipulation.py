@@ -84,8 +84,8 @@ def manipulate(config: ManipulateConfig, *, verb: str) -> Summary:
         raise ValueError(f"model ({model.label}) is a regression, it has one result only; give a diffusion model")
     if network.config.one_step and verb != "samples":
         raise ValueError(
-            f"model ({model.label}) draws in one step and reads no image at a noise level, as {verb} needs; give a "
-            "diffusion model of several steps"
+            f"model ({model.label}) draws in one step from its own regression, and {verb} starts from images; give "
+            "a diffusion model of several steps"
         )
     lr, digest = _read("lr", config.lr)
     upscaler = Upscaler(network, config.sampling(model.sampling))

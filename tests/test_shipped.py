@@ -101,9 +101,16 @@ def test_a_release_has_the_average_in_half_precision_and_a_card_of_what_was_meas
         "| Set5 | bicubic | 20.25 | – |" in card
         and "| ten photographs held out | diffsr-x4, one step | 32.50 |" in card
     )
-    assert "| one-step | 1,000 | 16 | energy score, all levels | 0.003 | 1.50 | `aaaaaaaaaaaa` |" in card
+    assert "| one-step | 1,000 | 16 | energy score, diversity 1 | 0.003 | 1.50 | `aaaaaaaaaaaa` |" in card
     assert "Left out it is 0.7." in card and "|---:|\n| 0 | 30.00 | – | – |\n| 0.7 | 30.70 | – | – |\n\n" in card
+    assert "float32, muon, crops of" in card and "from any noise level; other samplers" in card
     assert all(f"\n## {part}\n" in card for part in ("Data", "Training", "Scores", "Limits", "Attribution"))
+    alone = replace(config, start_level=None)  # from noise, and so without a dial
+    save_files(tmp_path / "w/diffsr-x4/model", model_files(alone, weights, average, preset="tiny", card=""))
+    (tmp_path / "w/evaluations/diffsr-x4/dial/curve.json").unlink()
+    release.main()
+    card = (tmp_path / "pretrained/diffsr-x4" / CARD).read_text()
+    assert "start-level" not in card and "from noise alone; other samplers" in card
 
 
 def test_a_drawing_is_a_function_of_its_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ def main() -> None:
         drawn=(work / "photos" / "leaves").is_dir(),
         scale=model.config.scale,
         start_level=model.config.start_level,
+        recipe=json.loads((work / arguments.runs[-1] / "run.json").read_text())["document"]["recipe"],
         dial=_dial(work / "evaluations" / name / "dial" / "curve.json"),
         weights=f"{sum(x.numel() for x in model.parameters()) / 1e6:.2f}",
         digest=document["digest"],
@@ -68,7 +69,9 @@ def _stage(folder: Path) -> dict[str, Any]:
         "rate": f"{stage['learning_rate']:g}",
         "hours": f"{metrics['train_s'] / 3600:.2f}",
         "pairs": run["document"]["pairs"][:12],
-        "extra": "energy score, all levels" if stage["name"] == "energy" else f"{stage['loss'].upper()}",
+        "extra": f"energy score, diversity {stage['diversity']:g}"
+        if stage["name"] == "energy"
+        else f"{stage['loss'].upper()}",
     }
 
 
@@ -86,14 +89,11 @@ def _rows(folder: Path, label: str, name: str) -> list[list[str]]:
 
 def _dial(file: Path) -> list[list[str]]:
     """Return the scores by start level that a search has found, from the most texture on."""
-    points = json.loads(file.read_text())["points"]
+    points = json.loads(file.read_text())["points"] if file.is_file() else []
     return [
         [
             f"{point['start_level']:g}",
-            *(
-                _cell(point["summary"].get(name, [None])[0], MEASURES[name])
-                for name in ("psnr_y", "niqe", "spectral_error")
-            ),
+            *(_cell(point["summary"].get(name, [None])[0], MEASURES[name]) for name in OF_THE_DIAL),
         ]
         for point in sorted(points, key=lambda point: point["start_level"])
     ]

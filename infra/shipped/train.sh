@@ -66,5 +66,5 @@ release diffsr-x4 regression diffsr-x4
 train regression-real --preset anchored-x4-regression --pairs "$work/pairs-real" --init "$work/regression/model" \
   --steps $((steps / 2)) --learning-rate 2e-3
 train diffsr-x4-real --preset anchored-x4 --pairs "$work/pairs-real" --init "$work/regression-real/model" \
-  --one-step --diversity 0.8 --start-level 0.85 --encoder-steps 0 --steps $((steps / 2))
+  --one-step --diversity 0.8 --start-level 0.8 --encoder-steps 0 --steps $((steps / 2))
 release diffsr-x4-real regression regression-real diffsr-x4-real

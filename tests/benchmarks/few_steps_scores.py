@@ -209,8 +209,8 @@ def _textured(drawn: Mapping[str, Scores], name: str, regression: Scores) -> Ver
     found = {row: (scores.mean("texture"), scores.mean("psnr_y")) for row, scores in drawn.items()}
     holds = any(energy >= LEAST_ENERGY and quality >= LEAST_PSNR for energy, quality in found.values())
     cells = [f"*{row}* {energy:.3f} at {quality:.2f} dB" for row, (energy, quality) in found.items()]
-    bound = independent_psnr(regression, LEAST_ENERGY)
-    cells.append(f"independent draws about this regression would have it at {bound:.2f} dB")
+    independent = independent_psnr(regression, LEAST_ENERGY)
+    cells.append(f"independent draws about this regression would have it at {independent:.2f} dB")
     return Verdict(claim, holds, f"{name}: {', '.join(cells)}")
 
 

@@ -284,6 +284,7 @@ def test_a_model_of_one_step_is_searched_by_its_start_level_alone(
     for model, more, said in (
         ("one-step", ["--search-steps", "1"], ""),  # from its own level
         ("one-step", [*search[:2], "--pick", "knee"], "pick ('knee') must be best for a model of one step"),
+        ("one-step", ["--search-steps", "4,8"], "search_steps ((4, 8)) must be 1 for a model of one step"),
         ("from-noise", search[:2], "start_level (0.4) must be 0: this model was trained to draw from noise alone"),
         ("anchored", search[:2], "search_start_levels ((0.0, 0.4)) needs numbers of steps"),
     ):

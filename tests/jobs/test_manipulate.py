@@ -195,7 +195,7 @@ def test_a_grey_lr_and_colour_images_or_the_other_way_round_are_served(
         ("samples --model rrdb-twin", ["rrdb-twin) is a regression", "give a diffusion model"]),
         (
             "interpolate --model one-step --steps 1",
-            ["one-step) draws in one step", "give a diffusion model of several"],
+            ["one-step) draws in one step", "a diffusion model of several"],
         ),
         ("samples --model seed3", ["channels (3) must be 1", "convert the image"]),
         ("samples --model absent", ["absent) must be a folder with config.json"]),
