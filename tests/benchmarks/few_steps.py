@@ -75,8 +75,8 @@ SSIM-Y on BT.601 luma rounded as in MATLAB, NIQE with BasicSR's statistics, spec
 is, all inside a border of {scale} px. Columns named by cycles per px: the mean difference of the radial spectrum from
 HR's in that octave, dB; below 0 is too weak, and the first two lie above the LR's Nyquist. HF energy: that of
 x - up(down(x)), of all images together, over HR's. σ: standard deviation over {samples} samples, mean over pixels and
-channels, levels of 255; everything else is of the first sample. Seconds: one 256x256 output (64x64 LR) from pixels to
-pixels, projection included, one patch a call, the median of 3 to {rounds} runs in turn, all in this run.
+channels, levels of 255; everything else is the mean over those samples. Seconds: one 256x256 output (64x64 LR) from
+pixels to pixels, projection included, one patch a call, the median of 3 to {rounds} runs in turn, all in this run.
 {notes}
 {tables}
 
@@ -145,7 +145,7 @@ def measured(
         own, images, began = gain if row.name == CONTROL else 0.0, [], time.monotonic()
         for pair in pairs:
             draw = drawing(row, models, tile=max(pair.lr.shape[:2]), num_threads=num_threads, gain=own)
-            key = key_of(row, models, pair, num_threads=num_threads, gain=own)
+            key = key_of(row, models, pair, gain=own)
             count = NUM_SAMPLES if row.varies else 1
             images.append(cache.of(key, partial(score, draw, pair, meter, num_samples=count)))
         found[row.name] = Scores(row.calls, images)
@@ -174,7 +174,7 @@ def gain_of(
         return {"gain": gain, "reached": reached}
 
     asked = {"student": models["student"].digest, "images": [pair.digest for pair in pairs], "energy": energy}
-    return cache.of({**asked, "num_threads": num_threads, "recipe": asdict(regression.recipe)}, compute)["gain"]
+    return cache.of({**asked, "recipe": asdict(regression.recipe)}, compute)["gain"]
 
 
 def timed(

@@ -169,7 +169,13 @@ def test_each_level_that_a_student_was_started_from_is_judged_and_one_with_textu
         found[f"{FROM} 0"] = Scores(1, [{**image, "niqe": 9.0} for image in found[STUDENT].images])
         for row in (STUDENT, CONTROL):
             found[row] = Scores(found[row].calls, [{**image, "energy": 0.8} for image in found[row].images])
+        found[f"{FROM} 0.3"] = Scores(1, [{**image, "niqe": 4.5} for image in found[STUDENT].images])
+    assert judged(sets) == [True, True, True, True, True, True]
+    for image in sets["BSD100"][f"{FROM} 0.3"].images:
+        image["psnr_y"] = 27.9
     assert judged(sets) == [True, True, False, True, True, True]
+    some = scores.verdicts(sets, {STUDENT: {"float32": 0.05}})[2]
+    assert some.evidence == "Worse are: Set5: from 0 NIQE, from 0.3 none; BSD100: from 0 NIQE, from 0.3 PSNR-Y"
     textured = scores.verdicts(sets, {STUDENT: {"float32": 0.2}})[4]
     assert f"*{STUDENT}* 0.800 at 29.50 dB, *{FROM} 0* 0.950 at 29.50 dB" in textured.evidence
 
@@ -200,6 +206,19 @@ def test_too_many_calls_too_slow_and_too_smooth_are_no() -> None:
     assert judged(sets) == [True, True, True, False, True]
 
 
+def test_a_score_is_the_mean_over_the_samples_and_sigma_is_of_all(tmp_path: Path) -> None:
+    Image.fromarray(picture(size=32)).save(tmp_path / "0.png")
+    (pair,) = read_pairs(tmp_path)
+    drawn = [bicubic(pair.lr, 4), pair.hr // 2]
+    meter = Meter(MeterSettings(names=("psnr_y", "sigma"), border=4), scale=4)
+    both = scores.score(lambda lr, k: drawn[k], pair, meter, num_samples=2)
+    deviation = np.abs(drawn[0].astype(float) - drawn[1]).mean() / 2
+    single = [scores.score(lambda lr, k: drawn.pop(), pair, meter, num_samples=1) for _ in range(2)]
+    for name in ("psnr_y", "energy", "hr_energy", "octave_0"):
+        assert both[name] == pytest.approx((single[0][name] + single[1][name]) / 2, rel=1e-12)
+    assert both["sigma"] == pytest.approx(deviation, rel=1e-6) and [one["sigma"] for one in single] == [0.0, 0.0]
+
+
 def test_what_was_measured_is_kept_and_nothing_else_is_taken_for_it(tmp_path: Path) -> None:
     cache, asked = Cache(tmp_path / "new"), list[int]()
 
@@ -224,16 +243,15 @@ def test_what_decides_a_score_is_in_its_key(tmp_path: Path) -> None:
     rows = {row.name: row for row in rows_of(models, tmp_path)}
     changed = {**models, "student": Model(model, "another")}
     keys = [
-        key_of(rows[STUDENT], models, pair, num_threads=1, gain=0.0),
-        key_of(rows[STUDENT], models, pair, num_threads=2, gain=0.0),
-        key_of(rows[STUDENT], models, other, num_threads=1, gain=0.0),
-        key_of(rows[STUDENT], changed, pair, num_threads=1, gain=0.0),
-        key_of(rows[MEAN], models, pair, num_threads=1, gain=0.0),
-        key_of(rows[CONTROL], models, pair, num_threads=1, gain=1.0),
-        key_of(rows[CONTROL], models, pair, num_threads=1, gain=2.0),
-        key_of(rows[CONTROL], changed, pair, num_threads=1, gain=1.0),
-        key_of(rows[REGRESSION], models, pair, num_threads=1, gain=0.0),
-        key_of(rows[ANCESTRAL], models, pair, num_threads=1, gain=0.0),
+        key_of(rows[STUDENT], models, pair, gain=0.0),
+        key_of(rows[STUDENT], models, other, gain=0.0),
+        key_of(rows[STUDENT], changed, pair, gain=0.0),
+        key_of(rows[MEAN], models, pair, gain=0.0),
+        key_of(rows[CONTROL], models, pair, gain=1.0),
+        key_of(rows[CONTROL], models, pair, gain=2.0),
+        key_of(rows[CONTROL], changed, pair, gain=1.0),
+        key_of(rows[REGRESSION], models, pair, gain=0.0),
+        key_of(rows[ANCESTRAL], models, pair, gain=0.0),
     ]
     assert len({json.dumps(key, sort_keys=True) for key in keys}) == len(keys)
 
@@ -343,7 +361,7 @@ def test_a_set_is_measured_once_with_its_control_at_the_student_s_energy(tmp_pat
         patch.setattr(few_steps, "drawing", lambda *_, **__: broken)
         assert measured("x", pairs, rows, models, meter, cache, num_threads=1) == (found, gain)
         with pytest.raises(AssertionError, match="drawn again"):
-            measured("x", pairs, rows, models, meter, cache, num_threads=2)
+            measured("x", pairs[::-1], rows, models, meter, Cache(tmp_path / "other"), num_threads=1)
 
 
 def test_the_table_has_a_cell_for_every_column_and_a_dash_for_what_was_not_measured() -> None:
