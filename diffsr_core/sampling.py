@@ -86,6 +86,12 @@ class SamplingRecipe:
                 f"choice ({self.choice}) needs num_samples of 2 or more, not 1; use first, or more samples"
             )
 
+    @property
+    def label(self) -> str:
+        """What a person calls it, for example `ddim 8 steps` or `ddim 1 step from 0.6`."""
+        start = f" from {self.start_level:g}" if self.start_level else ""
+        return f"{self.sampler} {self.num_steps} step{'s' * (self.num_steps > 1)}{start}"
+
     def grid_of(self, schedule: Schedule, *, start: float) -> Table:
         """Return the noise levels from `start` (0: from pure noise) to 1. Raises ValueError, as sampling_grid does."""
         family = default_grid(self.sampler) if self.grid == "auto" else self.grid

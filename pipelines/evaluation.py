@@ -43,9 +43,7 @@ def _evaluate(config: EvaluateConfig) -> Summary:
         say(f"evaluate: nothing to do, {label} was scored on these {count} images")
         return Summary(job="evaluate", run_id=found["run_id"], status="done", unchanged=count,
                        outputs=found["outputs"], metrics=found["metrics"])  # fmt: skip
-    how = f"searching {len(plan.candidates)} schedules"
-    if not plan.candidates:
-        how = f"{plan.recipe.sampler} {plan.recipe.num_steps} steps"
+    how = f"searching {len(plan.candidates)} schedules" if plan.candidates else plan.recipe.label
     names = ", ".join([*plan.baselines, *(rival.label for rival, _ in plan.rivals)])
     say(f"evaluate: {label} against {names or 'nothing'} on {count} images, {how}")
     if config.dry_run:

@@ -98,7 +98,7 @@ def manipulate(config: ManipulateConfig, *, verb: str) -> Summary:
                 f"level ({config.level}) must suit the model and the steps; choose another: {error}"
             ) from None
     recipe = upscaler.recipe
-    say(f"manipulate: {verb} with {model.label}, {recipe.sampler} {recipe.num_steps} steps")
+    say(f"manipulate: {verb} with {model.label}, {recipe.label}")
     settings = {item.name: getattr(config, item.name) for item in fields(config) if item.name in VERBS[verb]}
     images = {name: _read(name, settings[name]) for name in IMAGES if settings.get(name) is not None}
     pictures = {name: image for name, (image, _) in images.items()}

@@ -116,7 +116,7 @@ def upscale_image(config: ImageConfig) -> Summary:
     recipe = config.sampling(model.sampling)
     lanes = 1 if config.use_gpu else max(1, len(os.sched_getaffinity(0)) // recipe.num_threads)
     upscaler = Upscaler(network, recipe, device="cuda" if config.use_gpu else "cpu", lanes=lanes, regression=False)
-    say(f"image: {model.label}, digest {model.digest[:12]}, {recipe.sampler} {recipe.num_steps} steps")
+    say(f"image: {model.label}, digest {model.digest[:12]}, {recipe.label}")
     try:
         with upscaled(upscaler, original, settings=settings, model=model.digest, label="image") as result:
             for key, path in result.files.items():

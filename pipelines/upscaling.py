@@ -52,7 +52,7 @@ def upscale(config: UpscaleConfig, *, verb: str = "run") -> Summary:
     sampling = config.sampling(model.sampling)
     sampling.check_fits(network.config)  # before any work is planned
     work = _work(config, model, retry_dead=verb == "retry-failed")
-    say(f"upscale: {model.label}, digest {model.digest[:12]}, {sampling.sampler} {sampling.num_steps} steps")
+    say(f"upscale: {model.label}, digest {model.digest[:12]}, {sampling.label}")
     if verb == "plan" or config.dry_run:
         return _plan(config, work, network, sampling)
     return _night(config, work, model)

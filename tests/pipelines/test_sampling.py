@@ -153,3 +153,15 @@ def test_a_bad_value_is_one_line_with_field_value_rule_and_remedy(capsys, job, w
     out, err = capsys.readouterr()
     assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
     assert message in err and err.startswith(f"{job}.py: error: ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ({}, "ddim 8 steps"),
+        ({"num_steps": 1, "start_level": 0.6}, "ddim 1 step from 0.6"),
+        ({"sampler": "ddpm", "num_steps": 100}, "ddpm 100 steps"),
+    ],
+)
+def test_a_recipe_is_called_by_its_sampler_steps_and_start(settings, label):
+    assert SamplingRecipe(**settings).label == label
