@@ -51,7 +51,7 @@ def project(
         left -= steps
         before, shift = shift, ahead + _steps(lr - downscale(image, scale), scale, steps, mode, half_step)
         ahead = shift + momentum * (shift - before)
-        image = (origin + upscale(ahead if left else shift, scale)).clamp(-1.0, 1.0)
+        image = (origin + upscale(ahead if left else shift, scale)).clamp_(-1.0, 1.0)
     return image
 
 

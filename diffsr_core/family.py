@@ -181,7 +181,7 @@ def x0_and_eps(prediction: Tensor, x_t: Tensor, noise_level: Tensor, *, kind: st
     if kind == "eps":
         return (x_t - b * prediction) / a, prediction
     if kind == "x_0":
-        return prediction, (x_t - a * prediction) / b
+        return prediction, (x_t - a * prediction).div_(b)  # in place: on a large canvas memory costs more than numbers
     return a * x_t - b * prediction, b * x_t + a * prediction
 
 

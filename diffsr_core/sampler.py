@@ -54,8 +54,10 @@ def noise_scales(sampler: str, a_t: float, a_s: float) -> tuple[float, float]:
 
 
 def reverse_step(x_0: Tensor, eps: Tensor, *, a_s: float, tau: float, nu: float, z: Tensor | None) -> Tensor:
-    """Return x_s by the formula above; scalars in float64, tensors as they come."""
-    x_s = a_s * x_0 + math.sqrt(max(0.0, 1 - a_s * a_s - tau * tau)) * eps
+    """Return x_s by the formula above; scalars in float64, tensors as they come. At the clean end it is x_0 itself."""
+    x_s = x_0 if a_s == 1 else a_s * x_0
+    if rest := math.sqrt(max(0.0, 1 - a_s * a_s - tau * tau)):
+        x_s = x_s + rest * eps
     return x_s if z is None else x_s + nu * z
 
 
@@ -86,7 +88,8 @@ def sample(
     prediction an early error is otherwise multiplied by b/a, up to 151 on SR3's schedule.
     corrections: Langevin steps after each step but the last, by default 5 for `langevin` and 0 for the others. With N
     steps and K corrections denoise is called N + K (N - 1) times.
-    start: an x_0 from which a late start begins, noised to grid[0]; without it x begins as noise alone.
+    start: an x_0 from which a late start begins, noised to grid[0]; without it x begins as noise alone. A number, as a
+    tensor without axes, stands for an image of it.
     noise: index 0 is the start, i + 1 step i of 0..N-1, N + 1 + i K + k its correction k of 0..K-1: none comes twice.
     Raises ValueError, with the first state, for an unknown sampler or a number of corrections that it cannot have.
     """
@@ -109,7 +112,8 @@ def sample(
     num_steps = len(levels) - 1
     x_t = noise(0)
     if start is not None:
-        x_t = levels[0] * start + math.sqrt(1 - levels[0] * levels[0]) * x_t
+        x_t = math.sqrt(1 - levels[0] * levels[0]) * x_t
+        x_t += levels[0] * start
     before: tuple[Tensor, float] | None = None  # x_0 and level of the step before
     for i, (a_t, a_s) in enumerate(pairwise(levels)):
         x_0, eps = predict(x_t, a_t)

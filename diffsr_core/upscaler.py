@@ -232,9 +232,14 @@ class Upscaler:
 
     def _sampled(self, canvas: Canvas, sample_index: int) -> Tensor:
         noise = canvas.noise_of(sample_index)
-        start = self.model.target(canvas.regression, canvas.condition) if self.recipe.start_level else None
-        x_0 = self.run(canvas, self.grid, noise=noise, start=start)
+        x_0 = self.run(canvas, self.grid, noise=noise, start=self._start(canvas) if self.recipe.start_level else None)
         return self.model.restore(x_0, canvas.condition)
+
+    def _start(self, canvas: Canvas) -> Tensor:
+        """Return the x_0 of the regression: 0 where it is the anchor itself."""
+        if canvas.regression is canvas.condition.anchor:
+            return torch.zeros((), device=self.device)
+        return self.model.target(canvas.regression, canvas.condition)
 
     def _cropped(self, image: Tensor, canvas: Canvas) -> Tensor:
         """Return an image without the canvas's padding, in [-1, 1], of as many channels as the LR. Raises NotFinite."""
