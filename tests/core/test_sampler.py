@@ -331,6 +331,20 @@ def test_a_late_start_is_the_image_noised_to_the_first_level(sampler: str) -> No
     assert torch.allclose(seen[0], 0.6 * image + 0.8 * normal(8, seed=1000), atol=1e-14)
 
 
+def test_a_start_without_axes_is_an_image_of_that_number() -> None:
+    grid = sampling_grid(Schedule(num_timesteps=100), 3, start=0.6)
+    ends = [
+        last(sample(tilted, grid, noise=noise_of((8,)), start=start))
+        for start in (torch.tensor(0.3), torch.full((8,), 0.3))
+    ]
+    assert torch.equal(*ends)
+
+
+def test_at_the_clean_end_the_state_is_x_0_itself_whatever_eps_says() -> None:
+    x_0 = normal(8, seed=1)
+    assert reverse_step(x_0, torch.full((8,), torch.nan), a_s=1.0, tau=0.0, nu=0.0, z=None) is x_0
+
+
 def test_every_sampler_has_a_grid_that_suits_it() -> None:
     grids = {sampler: default_grid(sampler) for sampler in SAMPLERS}
     assert set(grids.values()) <= set(GRIDS)
