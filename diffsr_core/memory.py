@@ -6,7 +6,7 @@ comes on top. Against the peak of real float32 steps on a CPU the plan was 1.04 
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,23 +96,23 @@ def plan_memory(
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, counts the bytes of tensors that were made within and are still alive.
 
-    live: now; peak: the most so far; largest: of a single one. Views count as what they look into, and whatever shares
-    its memory with the known tensors counts nothing.
+    live: now; peak: the most so far; largest: of a single one. A view counts as what it looks into: nothing, where that
+    was there before.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.largest = 0
-        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        for storage in _storages((args, kwargs)):
+            self._seen.add(storage)  # what a call reads and no call has made was there before
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if not isinstance(tensor, Tensor) or tensor.is_mkldnn:  # packed weights have no storage that is told
-                continue
-            if (storage := tensor.untyped_storage()) not in self._seen:
+        for storage in _storages(out):
+            if storage not in self._seen:
                 self._seen.add(storage)
                 self._add(storage.nbytes())
                 weakref.finalize(storage, self._add, -storage.nbytes())
@@ -121,6 +121,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, size: int) -> None:
         self.live += size
         self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield those of the tensors in nested values; packed weights have none that is told."""
+    for value in tree_leaves(values):
+        if isinstance(value, Tensor) and not value.is_mkldnn:
+            yield value.untyped_storage()
 
 
 class _OnMeta(TorchFunctionMode):
@@ -192,9 +199,7 @@ def _step_bytes(
             objective(*inputs)  # fills the caches of tables, so that a second plan is the first one again
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        beside = [] if teacher is None else [*teacher.parameters(), *teacher.buffers()]
-        live = LiveBytes([*model.parameters(), *model.buffers(), *beside, *gradients, *inputs])
+        live = LiveBytes()
         with live:
             backward(objective(*inputs))
     # The whole share lies on the device, and the next one beside it. Convolutions copy their input and output at most.

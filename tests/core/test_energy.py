@@ -504,8 +504,7 @@ def bytes_of_a_step(config: ModelConfig, *, side: int) -> tuple[int, int]:
         objective(*inputs)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    with LiveBytes([*model.parameters(), *model.buffers(), *gradients, *inputs]) as live:
+    with LiveBytes() as live:
         memory.backward(objective(*inputs))
     return 2 * sum(x.nbytes for x in inputs) + live.peak + 2 * live.largest, planned
 

@@ -56,7 +56,7 @@ def forward_and_backward(
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         known = [*model.parameters(), *model.buffers(), *inputs]
         own = [x.untyped_storage() for x in known]
-        live = LiveBytes([*known, *(p.grad for p in model.parameters() if p.grad is not None)])
+        live = LiveBytes()
         with live, hooked(own) as saved:
             loss = objective(*inputs)
         behind = live.live
@@ -114,7 +114,7 @@ def test_narrow_precision_spares_less_of_a_group_norm_on_a_gpu_and_more_of_a_ref
 
 def test_live_bytes_are_those_of_storages_not_of_views_and_end_with_them() -> None:
     known = torch.zeros(1000)
-    with LiveBytes([known]) as live:
+    with LiveBytes() as live:
         a = torch.zeros(256)
         views = [a[:10], a.view(16, 16), known[5:]]
         assert live.live == live.peak == live.largest == 1024
