@@ -94,7 +94,7 @@ def plan_memory(
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While entered, counts the bytes of tensors that were made within and are still alive.
+    """While entered, counts the bytes of tensors that calls of torch made within and that are still alive.
 
     live: now; peak: the most so far; largest: of a single one. A view counts as what it looks into: nothing, where that
     was there before.

@@ -113,7 +113,7 @@ def sample(
     x_t = noise(0)
     if start is not None:
         x_t = math.sqrt(1 - levels[0] * levels[0]) * x_t
-        x_t += levels[0] * start
+        x_t = x_t + levels[0] * start
     before: tuple[Tensor, float] | None = None  # x_0 and level of the step before
     for i, (a_t, a_s) in enumerate(pairwise(levels)):
         x_0, eps = predict(x_t, a_t)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import Any, NoReturn
 
+from pipelines.heap import share_heap
+
 PLACES = ("URI", "FILE", "FILES", "FOLDER")  # units of settings that are places
 DONE, FAILED, BAD_ARGUMENTS, BUDGET_EXCEEDED, LEASE_HELD = 0, 1, 2, 3, 5  # 4 is a refused promotion
 
@@ -144,6 +146,7 @@ def run_and_exit(job: str, *, prog: str | None = None, argv: Sequence[str] | Non
     "terminate called without an active exception", 3 of 18 local upscales) in the threads of the libraries' C++ side,
     which would make a night that went well look failed.
     """
+    share_heap()
     code = run_job(job, sys.argv[1:] if argv is None else argv, prog=prog)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -174,6 +174,11 @@ def test_each_level_that_a_student_was_started_from_is_judged_and_one_with_textu
     for image in sets["BSD100"][f"{FROM} 0.3"].images:
         image["psnr_y"] = 27.9
     assert judged(sets) == [True, True, False, True, True, True]
+    for image in sets["BSD100"][f"{FROM} 0"].images:
+        image["niqe"] = 4.0  # now some level holds on each set, but none on both
+    assert judged(sets) == [True, True, False, True, True, True]
+    for image in sets["BSD100"][f"{FROM} 0"].images:
+        image["niqe"] = 9.0
     some = scores.verdicts(sets, {STUDENT: {"float32": 0.05}})[2]
     assert some.evidence == "Worse are: Set5: from 0 NIQE, from 0.3 none; BSD100: from 0 NIQE, from 0.3 PSNR-Y"
     textured = scores.verdicts(sets, {STUDENT: {"float32": 0.2}})[4]
@@ -359,9 +364,11 @@ def test_a_set_is_measured_once_with_its_control_at_the_student_s_energy(tmp_pat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(few_steps, "drawing", lambda *_, **__: broken)
-        assert measured("x", pairs, rows, models, meter, cache, num_threads=1) == (found, gain)
+        for threads in (1, 2):  # scores are those of the first run; seconds alone are of the threads
+            assert measured("x", pairs, rows, models, meter, cache, num_threads=threads) == (found, gain)
         with pytest.raises(AssertionError, match="drawn again"):
-            measured("x", pairs[::-1], rows, models, meter, Cache(tmp_path / "other"), num_threads=1)
+            changed = {**models, "student": models["student"]._replace(digest="another")}
+            measured("x", pairs, rows, changed, meter, cache, num_threads=1)
 
 
 def test_the_table_has_a_cell_for_every_column_and_a_dash_for_what_was_not_measured() -> None:
