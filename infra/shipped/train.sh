@@ -28,7 +28,7 @@ mkdir -p "$work/held-out" "$work/photos"
 for file in "$photos"/*.jpg; do
   folder=photos
   grep -qxF "$(basename "$file")" infra/shipped/held_out.txt && folder=held-out
-  cp -n "$file" "$work/$folder/"
+  [ -e "$work/$folder/$(basename "$file")" ] || cp "$file" "$work/$folder/"
 done
 
 "$python" -m infra.shipped.dead_leaves --output "$work/photos/leaves" --count 100
