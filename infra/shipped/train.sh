@@ -10,10 +10,12 @@
 #   ENGINE=local       or ray, with FLAGS such as "--num-workers 4 --use-gpu"
 #   PRECISION=bf16     float32 where the processor has no bf16
 #   NIQE=FILE          niqe_pris_params.npz, for NIQE in the cards
+#   TABLE=1            also a teacher of many steps, what is distilled from it, and few_steps.md of the three (needs NIQE)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ $# = 3 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-photos=$1 tests=$2 work=$3
+[ $# = 3 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+photos=$1 tests=$2 work=$3 table=${TABLE:-0}
+[ "$table" != 1 ] || : "${NIQE:?must name niqe_pris_params.npz where TABLE=1}"
 python=${PYTHON:-.venv/bin/python}
 steps=${STEPS:-10000} engine=${ENGINE:-local} precision=${PRECISION:-bf16}
 read -ra flags <<< "${FLAGS:-}"
@@ -68,3 +70,13 @@ train regression-real --preset anchored-x4-regression --pairs "$work/pairs-real"
 train diffsr-x4-real --preset anchored-x4 --pairs "$work/pairs-real" --init "$work/regression-real/model" \
   --one-step --diversity 0.8 --start-level 0.8 --encoder-steps 0 --steps $((steps / 2))
 release diffsr-x4-real regression regression-real diffsr-x4-real
+
+[ "$table" = 1 ] || exit 0
+train teacher --preset anchored-x4 --pairs "$work/pairs-bicubic" --init "$work/regression/model" \
+  --encoder-steps 0 --steps $((steps * 2 / 5))
+train distilled --preset anchored-x4 --pairs "$work/pairs-bicubic" --teacher "$work/teacher/model" --steps $((steps * 3 / 20))
+"$python" jobs/evaluate.py --model "$work/teacher/model" --dataset "$work/held-out" --limit 4 --output "$work/evaluations/teacher/search" \
+  --engine "$engine" --precision "$precision" --niqe "$NIQE" --search-steps 1,2,4,8 --objective niqe --store
+"$python" -m tests.benchmarks.few_steps --student "$work/diffsr-x4/model" --teacher "$work/teacher/model" \
+  --distilled "$work/distilled/model" --set5 "$tests/set5" --bsd100 "$tests/bsd100" --niqe "$NIQE" \
+  --cache "$work/few_steps" > "$work/few_steps.md"

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.few_steps --student RUN/model --teacher RUN/model > tests/benchmarks/few_steps.md
 
 The student was trained to draw in one step, the teacher is the diffusion model of the same network, and both are
-anchored on one regression. What an image scored is kept in --cache: a run that was killed goes on. Seconds are
-measured again by every run.
+anchored on one regression; `TABLE=1 infra/shipped/train.sh` makes the models and the page. What an image scored is
+kept in --cache: a run that was killed goes on. Seconds are measured again by every run.
 """
 
 import argparse
