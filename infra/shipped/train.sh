@@ -13,7 +13,7 @@
 #   TABLE=1            also a teacher of many steps, what is distilled from it, and few_steps.md of the three (needs NIQE)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ $# = 3 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# = 3 ] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 photos=$1 tests=$2 work=$3 table=${TABLE:-0}
 [ "$table" != 1 ] || : "${NIQE:?must name niqe_pris_params.npz where TABLE=1}"
 python=${PYTHON:-.venv/bin/python}
